@@ -1,0 +1,1 @@
+"""Pictures with captions, from anywhere, in one seeded order."""

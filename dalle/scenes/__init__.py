@@ -1,0 +1,1 @@
+"""The built-in data: drawn scenes whose every fact is known."""

@@ -1,0 +1,1 @@
+"""Stage 1: the discrete VAE, pixels ↔ a grid of codes."""

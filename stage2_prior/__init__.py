@@ -1,0 +1,1 @@
+"""Stage 2: the prior, a sparse transformer over text and image tokens."""
