@@ -1,7 +1,7 @@
 """What a source of captioned pictures is."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -27,6 +27,7 @@ class BadSample(Exception):
         return f"{self.key}: {self.reason}"
 
 
+@runtime_checkable
 class Source(Protocol):
     """Captioned pictures by number. Safe to copy into worker processes; reading keeps no state."""
 

@@ -1,0 +1,208 @@
+"""Files that are whole or absent: models to draw with, and training states to resume from.
+
+    R/dvae/config.json, weights.safetensors         a model: all that drawing needs
+    R/dvae/state/step-00000200/*.safetensors, state.json   a training state: all that resuming needs
+
+Everything is written under a temporary name, synced and renamed. Nothing is ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dalle.errors import CheckpointError
+
+FORMAT = 1  # of both kinds of files; a change comes with an upgrade of the older one
+STATE = "state.json"
+
+
+def fingerprint(path: Path) -> str:
+    """A short name for a file's content."""
+    return _sha256(path)[:16]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, which takes its name once it is written whole.
+
+    Raises:
+        CheckpointError: the disk is full or refuses; what stood at `path` before still stands.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: Exception) -> CheckpointError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return CheckpointError(
+        f"cannot write {path}: {reason}; what was saved before is whole: "
+        "make room or permit writing there, then run the same command again"
+    )
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises `CheckpointError` if it is missing, broken or of a newer format."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: {path.parent} holds no model of that kind") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict) or value.get("format", FORMAT) > FORMAT:
+        raise CheckpointError(f"{path} was written by a newer version of this program; update it")
+    return value
+
+
+def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> str:
+    """Write `folder`/weights.safetensors and return its fingerprint."""
+    path = folder / "weights.safetensors"
+    with replacing(path) as partial:
+        save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, partial)
+    return fingerprint(path)
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Load `folder`/weights.safetensors into `model`; every name and shape must match.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another model.
+    """
+    path = folder / "weights.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist: nothing has been trained or imported there yet")
+    saved = _load_file(path)
+    wanted = model.state_dict()
+    if saved.keys() != wanted.keys():
+        missing, extra = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
+        raise CheckpointError(
+            f"{path} is of another model: it lacks {missing[:2]} ({len(missing)} in all) "
+            f"and has {extra[:2]} ({len(extra)} in all) too many"
+        )
+    for name, tensor in wanted.items():
+        if saved[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{path} is of another model: {name} has shape {tuple(saved[name].shape)}, "
+                f"its config.json asks for {tuple(tensor.shape)}"
+            )
+    model.load_state_dict(saved, assign=any(w.is_meta for w in wanted.values()))
+
+
+def _load_file(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def state_folders(folder: Path) -> list[Path]:
+    """The training states under `folder`, newest first."""
+    return sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True)
+
+
+def save_state(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Write the training state after update `step` and delete all but the newest `keep`.
+
+    Args:
+        folder: where states lie, one subfolder each.
+        step: updates made so far.
+        tensors: {file: {name: tensor}}, each written as one safetensors file.
+        state: JSON values that belong to them.
+        keep: how many states stay.
+
+    Raises:
+        CheckpointError: the disk is full or refuses; the states saved before are untouched.
+    """
+    target = folder / f"step-{step:08d}"
+    partial = folder / f"step-{step:08d}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        hashes = {}
+        for name, group in tensors.items():
+            path = partial / f"{name}.safetensors"
+            save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, path)
+            _sync(path)
+            hashes[path.name] = _sha256(path)
+        (partial / STATE).write_text(
+            json.dumps({"format": FORMAT, "step": step, "sha256": hashes, **state}, indent=2)
+        )
+        _sync(partial / STATE)
+        _sync(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _unwritable(target, error) from error
+    for old in state_folders(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def load_state(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Read a training state back, every file checked against its recorded hash.
+
+    Raises:
+        CheckpointError: a file is missing or is not what was written.
+    """
+    state = read_json(path / STATE)
+    tensors = {}
+    for name, expected in state.get("sha256", {}).items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if _sha256(file) != expected:
+            raise CheckpointError(f"{file} is not what was saved (its hash differs)")
+        tensors[file.stem] = _load_file(file)
+    return state, tensors
+
+
+def newest_state(
+    folder: Path,
+) -> tuple[tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None, list[CheckpointError]]:
+    """The newest training state that is whole (None if there is none), and why newer ones were refused."""
+    refused = []
+    for path in state_folders(folder):
+        try:
+            return load_state(path), refused
+        except CheckpointError as error:
+            refused.append(error)
+    return None, refused

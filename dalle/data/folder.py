@@ -1,0 +1,65 @@
+"""A folder of pictures, each with its captions in a text file beside it."""
+
+import os
+from os.path import splitext
+from pathlib import Path
+
+from dalle.data import captions
+from dalle.data.images import SUFFIXES, decode
+from dalle.data.source import BadSample, Sample
+from dalle.errors import DataError
+
+WANTED = "a .txt of the same name beside each, one caption a line"
+
+
+class Folder:
+    """Every picture below a folder, in the order of their paths; hidden files are left out.
+
+    The captions of `a/b.jpg` are the lines of `a/b.txt`; the key is the path relative to the folder. Raises
+    `DataError` when there are no pictures, or not one of them has a caption file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self.path = path
+        files = set(_files(path))
+        self.keys = sorted(file for file in files if Path(file).suffix.lower() in SUFFIXES)
+        if not self.keys:
+            raise DataError(
+                f"{path}: no picture among {len(files)} files; give a folder of pictures with {WANTED}"
+            )
+        if not any(_text(key) in files for key in self.keys):
+            manifests = sorted(file for file in files if file.endswith((".jsonl", ".csv", ".tsv")))
+            manifest = f"the manifest {path / manifests[0]}" if manifests else "a manifest of them"
+            raise DataError(
+                f"{path}: {len(self.keys)} pictures, none with captions; put {WANTED}, or give {manifest}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Sample:
+        key, texts = self.keys[index], self.captions(index)
+        return Sample(decode(self.path / key, key), texts, key)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        key = self.keys[index]
+        try:
+            content = (self.path / _text(key)).read_bytes()
+        except OSError as error:
+            raise BadSample(key, f"captions {_text(key)}: {(error.strerror or '').lower()}") from error
+        return captions.from_file(_text(key), content, key)
+
+
+def _files(path: Path) -> list[str]:
+    """The files below a folder, relative to it, without hidden ones such as macOS's `._name.jpg`."""
+    found = []
+    for folder, subfolders, names in os.walk(path):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        prefix = Path(folder).relative_to(path)
+        found += [(prefix / name).as_posix() for name in names if not name.startswith(".")]
+    return found
+
+
+def _text(key: str) -> str:
+    return splitext(key)[0] + ".txt"

@@ -1,0 +1,63 @@
+"""Picture files of every kind, as plain RGB."""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dalle.data.source import BadSample
+
+Image.init()  # registers the formats
+# A list, because Pillow also opens formats that it hands to other programs (PostScript to Ghostscript).
+FORMATS = sorted({"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"} & set(Image.OPEN))
+SUFFIXES = frozenset(  # lower case
+    f".{name}"
+    for name in "avif bmp gif jfif jp2 jpeg jpg pgm png ppm tif tiff webp".split()  # noqa: SIM905
+)
+
+# What white may be in the modes of more than 8 bits: the first that holds the brightest pixel.
+WHITE = {"I;16": (2**16 - 1,), "I": (2**16 - 1, 2**31 - 1), "F": (1, 2**8 - 1, 2**16 - 1)}
+
+
+def decode(data: bytes | Path, key: str) -> Image.Image:
+    """The picture in a file or in its bytes: mode RGB, upright, on white where it was transparent.
+
+    Of an animation it is the first frame. Raises `BadSample` naming `key` for a missing, empty, corrupt or
+    truncated file, and for one that unpacks to more than twice `Image.MAX_IMAGE_PIXELS`.
+    """
+    try:
+        packed = data if isinstance(data, bytes) else data.read_bytes()
+    except OSError as error:
+        raise BadSample(key, (error.strerror or str(error)).lower()) from error
+    if not packed:
+        raise BadSample(key, "the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd metadata and large pictures
+            with Image.open(io.BytesIO(packed), formats=FORMATS) as image:
+                ImageOps.exif_transpose(image, in_place=True)
+                return _rgb(image)
+    except UnidentifiedImageError as error:
+        raise BadSample(key, "not a picture, or in a format that is not read") from error
+    except Exception as error:  # a corrupt file makes Pillow's decoders raise almost anything
+        raise BadSample(key, f"cannot be decoded: {error or type(error).__name__}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bits(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale a greyscale picture to 8 bits; Pillow's own conversion clips at 255, which is nearly black."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(min=0)
+    brightest = values.max(initial=0)
+    levels = WHITE["I;16" if image.mode.startswith("I;16") else image.mode]
+    white = next((level for level in levels if brightest <= level), brightest)
+    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))

@@ -1,0 +1,145 @@
+"""Batches of prepared samples: one endless stream that can be entered at any position."""
+
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dalle.data.order import shuffled
+from dalle.data.source import BadSample, Sample, Source
+from dalle.data.workers import read_ahead
+from dalle.errors import DalleError, DataError
+
+# One sample → its tensors, such as uint8 pixels `3 h w` and int64 tokens `t`; may raise `BadSample`.
+Prepare: TypeAlias = Callable[[Sample, np.random.Generator], tuple[Tensor, ...]]
+
+TRIES = 100  # bad samples in a row, after which the data is taken to be broken
+
+
+@dataclass
+class Batch:
+    """What a worker sends: stacked tensors, what it skipped on the way, or the error that ended it."""
+
+    tensors: tuple[Tensor, ...] = ()
+    skipped: dict[str, str] = field(default_factory=dict)
+    error: DalleError | None = None
+
+
+class Loader:
+    """Prepared samples in batches. The sample at position p is a function of (source, seed, p) alone.
+
+    So a stream can be resumed at any sample, and is the same for any number of worker processes. Without
+    `shuffle` position p holds sample p modulo the length of the source. A bad sample's place is taken by the
+    next readable one; `skipped` grows by its key and the reason as batches are handed out.
+
+    Args:
+        prepare: gets all captions, and a generator of its own for every position. Must be picklable where
+            worker processes are not forked.
+        seed: ≥ 0, of the order and of what `prepare` draws.
+        workers: processes that read ahead; 0 reads in this one.
+        min_side: pixels; a picture with a shorter side is a bad sample.
+
+    Raises `DataError` if the source is empty and, while reading, if there is nothing readable in `TRIES`
+    neighbouring samples.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        prepare: Prepare,
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        shuffle: bool = True,
+        min_side: int = 0,
+    ) -> None:
+        if not len(source):
+            raise DataError(f"{source.name}: no samples; give data that holds some")
+        self.batch_size = batch_size
+        self.workers = workers
+        self.skipped = {bad.key: bad.reason for bad in getattr(source, "bad", [])}
+        self._samples = _Samples(source, prepare, seed, shuffle, min_side)
+
+    def batches(self, start: int = 0, stride: int = 1) -> Generator[tuple[Tensor, ...], None, None]:
+        """Batches without end, of the positions `start`, `start + stride`, …; closing it stops the workers.
+
+        Process r of n enters at `start + r` with stride n: together they read what one would read alone.
+        """
+        positions = range(start, 2**62, stride)
+        with closing(read_ahead(self._samples, positions, self.batch_size, _stack, self.workers)) as stream:
+            for batch in stream:
+                self.skipped |= batch.skipped
+                if batch.error:
+                    raise batch.error
+                yield batch.tensors
+
+    def first(self, n: int) -> tuple[Tensor, ...]:
+        """The first `n` ≥ 1 readable samples in the order of the source, stacked; fewer if it has fewer."""
+        rows: list[tuple[Tensor, ...]] = []
+        for index in range(len(self._samples.source)):
+            try:
+                rows.append(self._samples.read(index, self._samples.rng(index)))
+            except BadSample as bad:
+                self.skipped[bad.key] = bad.reason
+            if len(rows) == n:
+                break
+        if not rows:
+            raise _nothing_readable(self._samples.source, self.skipped)
+        return _stack([Batch(row) for row in rows]).tensors
+
+
+class _Samples(Dataset[Batch]):
+    """Position → one prepared sample."""
+
+    def __init__(self, source: Source, prepare: Prepare, seed: int, shuffle: bool, min_side: int) -> None:
+        self.source = source
+        self.prepare = prepare
+        self.seed = seed
+        self.shuffle = shuffle
+        self.min_side = min_side
+
+    def __getitem__(self, position: int) -> Batch:
+        length = len(self.source)
+        index = shuffled(position, length, self.seed) if self.shuffle else position % length
+        skipped: dict[str, str] = {}
+        for step in range(min(TRIES, length)):
+            try:
+                return Batch(self.read((index + step) % length, self.rng(position)), skipped)
+            except BadSample as bad:
+                skipped[bad.key] = bad.reason
+            except DalleError as error:
+                # A value, because torch re-raises a worker's exception with its traceback as the message.
+                return Batch(skipped=skipped, error=error)
+        return Batch(skipped=skipped, error=_nothing_readable(self.source, skipped))
+
+    def read(self, index: int, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        sample = self.source[index]
+        width, height = sample.image.size
+        if min(width, height) < self.min_side:
+            raise BadSample(sample.key, f"{width}×{height} pixels, smaller than image_size={self.min_side}")
+        return self.prepare(sample, rng)
+
+    def rng(self, position: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, position))
+
+
+def _stack(rows: list[Batch]) -> Batch:
+    skipped = {key: reason for row in rows for key, reason in row.skipped.items()}
+    error = next((row.error for row in rows if row.error), None)
+    if error:
+        return Batch(skipped=skipped, error=error)
+    columns = zip(*(row.tensors for row in rows), strict=True)
+    return Batch(tuple(torch.stack(column) for column in columns), skipped)
+
+
+def _nothing_readable(source: Source, skipped: dict[str, str]) -> DataError:
+    key, reason = next(iter(skipped.items()))
+    return DataError(
+        f"{source.name}: no readable picture among {len(skipped)} tries; the first, {key}: {reason}"
+    )

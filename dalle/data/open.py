@@ -1,0 +1,38 @@
+"""From what the user calls the data to a source of samples."""
+
+import re
+from pathlib import Path
+
+from dalle.data.folder import Folder
+from dalle.data.manifest import SUFFIXES, Manifest
+from dalle.data.shards import Shards
+from dalle.data.source import Source
+from dalle.data.split import KeyedSource, Split, subset
+from dalle.errors import DataError
+
+
+def open_source(data: str, split: Split, size: int, heldout: float = 0.02) -> Source:
+    """The samples of a split of `data`: "scenes", or a path to a folder, a manifest or shards.
+
+    `size` is the side in pixels of built-in scenes; real pictures keep theirs. `heldout` is the fraction that
+    is held out of data that names no splits. Raises `DataError` for data that is missing or of another kind.
+    """
+    if data == "scenes":
+        from dalle.scenes.source import Scenes  # here, because its drawing is loaded for nothing otherwise
+
+        return Scenes(split, size)
+    return subset(_open(str(Path(data).expanduser())), split, heldout)
+
+
+def _open(data: str) -> KeyedSource:
+    path = Path(data)
+    if re.search(r"\.(tar|tgz)($|\.)", path.name) or (path.is_dir() and any(path.glob("*.tar"))):
+        return Shards(data)
+    if path.is_dir():
+        return Folder(path)
+    if path.suffix.lower() in SUFFIXES and path.is_file():
+        return Manifest(path)
+    raise DataError(
+        f"{data}: {'of an unknown kind' if path.exists() else 'does not exist'}; give scenes, a folder of "
+        "pictures with .txt captions, a .jsonl, .csv or .tsv manifest, or .tar shards such as {000..099}.tar"
+    )

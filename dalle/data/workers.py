@@ -1,0 +1,65 @@
+"""Worker processes that read ahead, and that neither die too early nor stay behind."""
+
+import atexit
+import signal
+import traceback
+from collections.abc import Callable, Generator, Iterable
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+Batch = TypeVar("Batch")
+
+GRACE = 30  # seconds between a SIGTERM and the end of a worker; the parent has stopped it long before
+
+_open: WeakSet[Generator[Any, None, None]] = WeakSet()
+
+
+def read_ahead(
+    samples: Dataset[Any],
+    positions: Iterable[int],
+    batch_size: int,
+    stack: Callable[[list[Any]], Batch],
+    workers: int,
+) -> Generator[Batch, None, None]:
+    """`stack` of every `batch_size` samples at `positions`, in order, prepared by `workers` processes.
+
+    With 0 workers they are prepared here. The processes end when the generator is closed or fails, and at
+    the latest with this process.
+    """
+    stream = _read(
+        DataLoader(
+            samples,
+            batch_size=batch_size,
+            sampler=positions,
+            collate_fn=stack,
+            num_workers=workers,  # torch limits each to one thread
+            worker_init_fn=_outlive_signals,
+            generator=torch.Generator(),  # its own: the default one would be advanced by every start
+        )
+    )
+    _open.add(stream)
+    return stream
+
+
+def _read(loader: DataLoader[Any]) -> Generator[Any, None, None]:
+    try:
+        yield from loader
+    except BaseException as error:
+        # torch stops the workers when nothing holds its iterator; after an error, the traceback does.
+        traceback.clear_frames(error.__traceback__)
+        raise
+
+
+@atexit.register  # runs before multiprocessing's, which was registered earlier and would wait for them
+def _close() -> None:
+    for stream in list(_open):
+        stream.close()
+
+
+def _outlive_signals(worker: int) -> None:
+    # A terminal's Ctrl-C and a scheduler's SIGTERM reach the workers too. The parent saves, then stops them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))  # the alarm ends the process

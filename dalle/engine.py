@@ -1,0 +1,113 @@
+"""What one update does to a model: gradients, clipping, AdamW, the averaged weights.
+
+The loop and the stages know only the methods used here. A distributed engine has the same ones.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dalle.errors import DalleError
+from dalle.optim import AdamW, Average
+from dalle.precision import arithmetic
+
+PATIENCE = 20  # updates in a row that may be dropped for a non-finite gradient before the run stops
+
+
+class Engine:
+    """One process, one device."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: AdamW,
+        average: Average,
+        *,
+        clip: float | None,
+        precision: Literal["fp32", "bf16"],
+    ) -> None:
+        self.model, self.optimizer, self.average = model, optimizer, average
+        self.clip, self.precision = clip, precision
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device
+        self.dropped = 0  # updates dropped in a row
+
+    def arithmetic(self) -> object:
+        """The context for forward passes."""
+        return arithmetic(self.precision, self.device)
+
+    def backward(self, loss: Tensor, micro_batches: int) -> None:
+        """Add the gradient of one of `micro_batches` micro-batches; their losses are averaged."""
+        (loss / micro_batches).backward()
+
+    def update(self, lr: float, step: int) -> dict[str, float]:
+        """Apply the gathered gradient as update number `step` (counted from 1).
+
+        Returns the gradient's norm before clipping. An update with a non-finite gradient is dropped:
+        weights and moments stay as they are.
+
+        Raises:
+            DalleError: the gradient was non-finite `PATIENCE` times in a row.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip or float("inf"))
+        grad_norm = norm.item()
+        if norm.isfinite():
+            self.dropped = 0
+            self.optimizer.limit_variance(grad_norm if self.clip is None else min(grad_norm, self.clip))
+            self.optimizer.step()
+        else:
+            self.dropped += 1
+            if self.dropped >= PATIENCE:
+                raise DalleError(self._diagnosis())
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(self.parameters, step)
+        return {"grad_norm": grad_norm, "dropped_updates": float(self.dropped)}
+
+    def _diagnosis(self) -> str:
+        bad = [
+            name
+            for name, p in self.model.named_parameters()
+            if p.grad is not None and not p.grad.isfinite().all()
+        ]
+        return (
+            f"the gradient was not finite in {self.dropped} updates in a row, first in {bad[0]} "
+            f"({len(bad)} parameters in all): lower the step size (--set lr=…) or use --set precision=fp32"
+        )
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The model in evaluation mode with its averaged weights; the trained ones return after it."""
+        trained = [p.detach().clone() for p in self.parameters]
+        self._assign(self.average.weights)
+        self.model.eval()
+        try:
+            with torch.inference_mode(), arithmetic(self.precision, self.device):
+                yield self.model
+        finally:
+            self.model.train()
+            self._assign(trained)
+
+    @torch.no_grad()
+    def _assign(self, weights: list[Tensor]) -> None:
+        torch._foreach_copy_(self.parameters, weights)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All that resuming needs, as {file: {name: tensor}}."""
+        names = [n for n, p in self.model.named_parameters() if p.requires_grad]
+        return {
+            "weights": {n: p.detach() for n, p in zip(names, self.parameters, strict=True)},
+            "average": dict(zip(names, self.average.weights, strict=True)),
+            "moments": self.optimizer.moments(),
+        }
+
+    def load(self, saved: dict[str, dict[str, Tensor]]) -> None:
+        """Take back what `tensors` gave."""
+        names = [n for n, p in self.model.named_parameters() if p.requires_grad]
+        self._assign([saved["weights"][n].to(self.device) for n in names])
+        self.average.weights = [saved["average"][n].to(self.device) for n in names]
+        self.optimizer.load_moments(saved["moments"])

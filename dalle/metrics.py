@@ -1,0 +1,87 @@
+"""What was measured, for machines: `metrics.jsonl`, and TensorBoard where it is asked for."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dalle.checkpoint import replacing
+from dalle.console import Stopwatch
+from dalle.errors import ConfigError
+
+
+class MetricsLog:
+    """Appends one JSON object a line. On resuming, lines later than the resumed step are dropped."""
+
+    def __init__(self, folder: Path, resumed_step: int, tensorboard: bool = False) -> None:
+        self.path = folder / "metrics.jsonl"
+        if self.path.exists():
+            kept = [line for line in read_metrics(folder) if line["step"] <= resumed_step]
+            with replacing(self.path) as partial:
+                partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.board: Any = _summary_writer(folder / "tensorboard", resumed_step) if tensorboard else None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record what was measured after update `step`."""
+        line = {"step": step, **{k: _short(v) for k, v in values.items()}}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All lines of `folder`/metrics.jsonl; a last line cut short by a crash is left out."""
+    path = folder / "metrics.jsonl"
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None  # JSON has no NaN
+
+
+class Window:
+    """Means and rates since the last line of the log."""
+
+    def __init__(self, tokens_per_picture: int, clock: Stopwatch) -> None:
+        self.tokens_per_picture, self.clock = tokens_per_picture, clock
+        self._restart()
+
+    def _restart(self) -> None:
+        self.began, self.waited = self.clock.seconds, 0.0
+        self.sums: dict[str, float] = {}
+        self.steps = self.pictures = 0
+
+    def add(self, metrics: Mapping[str, float], pictures: int) -> None:
+        """Take in the metrics of one update that saw so many pictures."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.steps += 1
+        self.pictures += pictures
+
+    def close(self) -> dict[str, float]:
+        """Mean metrics, rates, and the share of the time spent waiting for data; starts the next window."""
+        seconds = max(1e-9, self.clock.seconds - self.began)
+        line = {name: value / self.steps for name, value in self.sums.items()}
+        line["seconds"] = seconds
+        line["pictures_per_second"] = self.pictures / seconds
+        line["tokens_per_second"] = self.pictures * self.tokens_per_picture / seconds
+        line["data_wait"] = self.waited / seconds
+        self._restart()
+        return line
+
+
+def _summary_writer(folder: Path, resumed_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError("tensorboard=true needs the package: pip install tensorboard") from None
+    return SummaryWriter(str(folder), purge_step=resumed_step + 1)

@@ -1,0 +1,88 @@
+"""AdamW as the paper runs it, and the running average of the weights."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, with the running variance limited by value before it is used.
+
+    With v' = min(β₂ v + (1−β₂) g², limit) the limit also holds for the update that it enters. It is
+    applied to v beforehand, which keeps the update itself fused: the bound below makes the sum come
+    out at `limit` exactly. Gradients whose squares all stay below the limit cannot exceed it, so the
+    pass over the variances is left out for them.
+
+    Source: paper, App. B.2 (variance clipped by value to 5 before either update).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        betas: tuple[float, float],
+        weight_decay: float,
+        variance_limit: float | None = None,
+    ) -> None:
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        matrices = [p for _, p in named if p.ndim > 1]
+        vectors = [p for _, p in named if p.ndim <= 1]  # gains and biases are not decayed
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        # The step size is written into the groups before every update (see `Engine.update`).
+        super().__init__(groups, lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=True)
+        self.variance_limit = variance_limit
+        self.names = {id(p): n for n, p in named}
+
+    def limit_variance(self, grad_norm: float) -> None:
+        """Make room for this update's squared gradients; call it between clipping and `step`."""
+        limit = self.variance_limit
+        if limit is None or grad_norm**2 <= limit:
+            return
+        for group in self.param_groups:
+            beta2 = group["betas"][1]
+            for p in group["params"]:
+                if (state := self.state.get(p)) and p.grad is not None:
+                    room = (limit - (1 - beta2) * p.grad.float().square()) / beta2
+                    torch.minimum(state["exp_avg_sq"], room.clamp_min_(0), out=state["exp_avg_sq"])
+
+    def moments(self) -> dict[str, Tensor]:
+        """Both running moments and the update counts by parameter name, to be saved."""
+        return {
+            f"{self.names[id(p)]}/{kind}": value
+            for p, state in self.state.items()
+            for kind, value in state.items()
+        }
+
+    def load_moments(self, saved: dict[str, Tensor]) -> None:
+        """Take back what `moments` gave. Parameters without saved moments start afresh."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                kinds = ("step", "exp_avg", "exp_avg_sq")
+                found = {k: saved[key] for k in kinds if (key := f"{self.names[id(p)]}/{k}") in saved}
+                if found:
+                    # Fused kernels want the count beside the parameter.
+                    self.state[p] = {k: v.to(p.device).clone() for k, v in found.items()}
+
+
+class Average:
+    """Exponential moving average of parameters, fp32.
+
+    average ← d·average + (1−d)·weights, every `every` updates, where d grows to `decay` as
+    (1+n)/(10+n) over the first copies: a short run is not dominated by its random start.
+
+    Source: paper, App. A.2 (0.999 at every update) and B.2 (0.99 at every 25th).
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], decay: float, every: int) -> None:
+        self.decay, self.every = decay, every
+        self.weights = [p.detach().float().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[Tensor], step: int) -> None:
+        """Take in the weights after update number `step` (counted from 1)."""
+        if step % self.every:
+            return
+        copies = step // self.every
+        decay = min(self.decay, (1 + copies) / (10 + copies))
+        torch._foreach_lerp_(self.weights, [p.detach().float() for p in parameters], 1 - decay)

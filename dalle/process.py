@@ -1,0 +1,59 @@
+"""One process a run folder, and a stop that saves first."""
+
+import fcntl
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from dalle.console import say
+from dalle.errors import CheckpointError
+
+
+@contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; the system lets go of it however the process ends.
+
+    A record lock (lockf) rather than flock: forked data workers do not inherit it, so a killed run
+    can be resumed at once.
+
+    Raises:
+        CheckpointError: another process trains there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(
+                f"another process is training in {folder}: wait for it, stop it, or use another --run"
+            ) from None
+        yield
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM ask for a stop instead of making one; a second one stops at once.
+
+    Yields a function that says whether a stop was asked for.
+    """
+    asked = threading.Event()
+
+    def ask(number: int, _: FrameType | None) -> None:
+        if asked.is_set():
+            os._exit(1)  # the state saved last is whole, whatever was under way
+        asked.set()
+        say(f"{signal.Signals(number).name}: finishing this step and saving; once more to stop at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set  # only the main thread may handle signals
+        return
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,57 @@
+"""Which scenes and wordings training never meets, so that what was learned can be told from what was seen."""
+
+from typing import Literal, get_args
+
+from dalle.scenes.facts import COLOURS, SHAPES, Colour, Relation, Scene, Shape
+
+# train      what models are trained on
+# heldout    the same kinds of scene, other pictures
+# pairs      one object, of a colour that its shape never has in train
+# relations  two objects whose shapes never stand in that relation in train
+# wordings   captions of a form that train never has (see words.py); the pictures, too, are others
+Split = Literal["train", "heldout", "pairs", "relations", "wordings"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+Pair = tuple[Colour, Shape]
+
+LATTICE = 256  # places per side where an object can be: a quarter of a pixel at 64 pixels
+
+# One for each colour and each shape, so that all of them stay equally common in train.
+HELD_OUT_PAIRS: tuple[Pair, ...] = (
+    ("orange", "circle"),
+    ("pink", "square"),
+    ("blue", "triangle"),
+    ("purple", "star"),
+    ("green", "heart"),
+    ("red", "diamond"),
+    ("yellow", "cross"),
+    ("cyan", "ring"),
+)
+TRAINED_PAIRS: tuple[Pair, ...] = tuple(
+    (colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT_PAIRS
+)
+
+# An eighth of what there is of each relation; each shape keeps the other seven partners, on both sides.
+_HELD_OUT_RELATIONS: frozenset[tuple[Shape, Relation, Shape]] = frozenset(
+    [(shape, "left of", SHAPES[(i + 3) % len(SHAPES)]) for i, shape in enumerate(SHAPES)]
+    + [(shape, "above", SHAPES[(i + 6) % len(SHAPES)]) for i, shape in enumerate(SHAPES)]
+    + [("star", "inside", "circle"), ("heart", "inside", "square")]
+    + [("triangle", "inside", "diamond"), ("cross", "inside", "ring")]
+)
+_INVERSE: dict[Relation, Relation] = {"right of": "left of", "below": "above"}
+
+
+def is_held_out(first: Shape, relation: Relation, second: Shape) -> bool:
+    """Whether no trained picture shows this; "a right of b" is the same picture as "b left of a"."""
+    if relation in _INVERSE:
+        first, relation, second = second, _INVERSE[relation], first
+    return (first, relation, second) in _HELD_OUT_RELATIONS
+
+
+def is_trained_picture(scene: Scene) -> bool:
+    """Whether the picture is one for train: half of all are, like one colour of a chessboard's squares.
+
+    Positions lie on a lattice; the sum of them all, in its steps, is even in train and odd elsewhere. It
+    does not depend on the order of the objects, so no picture of another split is ever in train.
+    """
+    return sum(round((thing.x + thing.y) * LATTICE) for thing in scene.objects) % 2 == 0

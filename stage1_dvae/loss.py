@@ -1,0 +1,79 @@
+"""The evidence lower bound of stage 1 and its parts.
+
+Everything is a mean over pictures and over what a picture consists of, so the loss does not depend
+on the batch size, and its two terms weigh the same at any geometry.
+
+Source: paper, §2.1 and App. A.2; the KL is that of the raw logits as a categorical (openai/DALL-E#26).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stage1_dvae.likelihood import log_density, map_pixels
+from stage1_dvae.model import DVAE
+
+
+def relax(
+    log_q: Float[Tensor, "b grid grid v"], tau: float, generator: torch.Generator
+) -> Float[Tensor, "b grid grid v"]:
+    """A sample of the Gumbel-softmax relaxation, softmax((log q + Gumbel noise) / τ), over the last axis."""
+    uniform = torch.rand(log_q.shape, generator=generator, device=log_q.device)
+    gumbel = uniform.clamp_(min=2.0**-25).log_().neg_().log_().neg_()
+    return torch.softmax(gumbel.add_(log_q) / tau, dim=-1)
+
+
+def kl_to_uniform(log_q: Float[Tensor, "*n v"]) -> Float[Tensor, "*n"]:
+    """KL(q ‖ uniform) in nats; log_q holds normalised log-probabilities. Between 0 and ln v."""
+    return (log_q.exp() * log_q).sum(-1) + math.log(log_q.shape[-1])
+
+
+@dataclass(frozen=True)
+class Elbo:
+    """The terms of the bound, as means that do not depend on the batch size."""
+
+    nll: Tensor  # −ln f, nats per subpixel
+    kl: Tensor  # nats per position
+    usage: Tensor  # KL of the batch's mean posterior to uniform, nats; 0 when all codes share the work
+    positions: int
+    subpixels: int
+
+    def loss(self, beta: float, usage_weight: float = 0.0) -> Tensor:
+        """NLL + (β / r)·KL, where r is subpixels per position: 192 at the paper's geometry."""
+        ratio = self.subpixels / self.positions
+        return self.nll + (beta * self.kl + usage_weight * self.usage) / ratio
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Both terms in nats per picture, and their sum in bits per dimension (subpixel)."""
+        nll, kl = self.nll.detach() * self.subpixels, self.kl.detach() * self.positions
+        bits = self.subpixels * math.log(2)
+        return {
+            "reconstruction_nats": nll,
+            "kl_nats": kl,
+            "reconstruction_bits_per_dim": nll / bits,
+            "kl_bits_per_dim": kl / bits,
+            "bits_per_dim": (nll + kl) / bits,
+        }
+
+
+def elbo(
+    model: DVAE, pixels: Float[Tensor, "b 3 h w"], *, tau: float, generator: torch.Generator
+) -> tuple[Elbo, Float[Tensor, "b grid grid v"], Float[Tensor, "b 6 h w"]]:
+    """One relaxed sample of the bound.
+
+    Returns:
+        Its terms, the posterior's log-probabilities, and the decoder's output for the relaxed codes.
+    """
+    logits = model.logits(pixels).float().permute(0, 2, 3, 1)  # the codes last: softmax runs along memory
+    log_q = torch.log_softmax(logits, dim=-1)
+    relaxed = relax(log_q, tau, generator)
+    decoded = model.decoder(relaxed.permute(0, 3, 1, 2)).float()
+    nll = -log_density(map_pixels(pixels), decoded[:, :3], decoded[:, 3:]).mean()
+    mean_q = log_q.exp().mean((0, 1, 2))
+    usage = (mean_q * (mean_q + 1e-12).log()).sum() + math.log(len(mean_q))
+    _, h, w, _ = logits.shape
+    terms = Elbo(nll, kl_to_uniform(log_q).mean(), usage, positions=h * w, subpixels=pixels[0].numel())
+    return terms, log_q, decoded

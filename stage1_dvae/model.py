@@ -1,0 +1,188 @@
+"""The discrete VAE, as released; its parameters bear the names of OpenAI's weights.
+
+Source: paper, App. A.1; openai/DALL-E, dall_e/encoder.py, decoder.py and utils.py.
+"""
+
+import math
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dalle.checkpoint import load_weights, read_json
+from dalle.config import from_json
+from stage1_dvae.config import DVAEConfig
+from stage1_dvae.likelihood import map_pixels, reconstruction
+
+
+class Conv2d(nn.Module):
+    """A convolution with stride 1 and "same" zero padding; weights N(0, 1/fan-in), biases 0.
+
+    Args:
+        fp32: compute in fp32 even where the rest runs in 16 bit: the two layers beside the codes.
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, *, fp32: bool = False) -> None:
+        super().__init__()
+        self.fp32, self.padding = fp32, (kernel - 1) // 2
+        self.w = nn.Parameter(torch.empty(c_out, c_in, kernel, kernel).normal_(std=1 / math.sqrt(c_in * kernel**2)))
+        self.b = nn.Parameter(torch.zeros(c_out))
+
+    def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
+        if not self.fp32:
+            return F.conv2d(x, self.w, self.b, padding=self.padding)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(x.float(), self.w, self.b, padding=self.padding)
+
+
+class ResBlock(nn.Module):
+    """id(x) + gain · res(x), where res is four ReLU–convolution pairs at a quarter of the width.
+
+    The encoder's blocks have kernels (3, 3, 3, 1), the decoder's (1, 3, 3, 3). The identity path has
+    no ReLU, only a 1×1 convolution where the width changes.
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernels: tuple[int, int, int, int], gain: float) -> None:
+        super().__init__()
+        widths = (c_in, c_out // 4, c_out // 4, c_out // 4, c_out)
+        self.gain = gain
+        self.id_path = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.res_path = nn.ModuleDict(
+            {f"conv_{i + 1}": Conv2d(widths[i], widths[i + 1], k) for i, k in enumerate(kernels)}
+        )
+
+    def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
+        y = x
+        for conv in self.res_path.values():
+            y = conv(F.relu(y))
+        return self.id_path(x) + self.gain * y
+
+
+class Output(nn.Module):
+    """ReLU and a 1×1 convolution."""
+
+    def __init__(self, c_in: int, c_out: int, *, fp32: bool = False) -> None:
+        super().__init__()
+        self.conv = Conv2d(c_in, c_out, 1, fp32=fp32)
+
+    def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
+        return self.conv(F.relu(x))
+
+
+def _groups(
+    config: DVAEConfig, c_in: int, widths: list[int], kernels: tuple[int, int, int, int], resize: nn.Module
+) -> dict[str, nn.Module]:
+    """The groups of resblocks; every one but the last ends in `resize`."""
+    groups: dict[str, nn.Module] = {}
+    for g, width in enumerate(widths):
+        parts: dict[str, nn.Module] = {}
+        for b in range(config.blocks_per_group):
+            parts[f"block_{b + 1}"] = ResBlock(c_in, width, kernels, config.resblock_gain)
+            c_in = width
+        if g < len(widths) - 1:
+            parts["resize"] = resize
+        groups[f"group_{g + 1}"] = nn.Sequential(OrderedDict(parts))
+    return groups
+
+
+class Encoder(nn.Module):
+    """Mapped pixels → logits over the codes."""
+
+    def __init__(self, config: DVAEConfig) -> None:
+        super().__init__()
+        widths = [config.hidden * 2**g for g in range(config.groups)]
+        self.blocks = nn.Sequential(
+            OrderedDict({
+                "input": Conv2d(3, config.hidden, 7),
+                **_groups(config, config.hidden, widths, (3, 3, 3, 1), nn.MaxPool2d(2)),
+                "output": Output(widths[-1], config.vocab_size, fp32=True),
+            })
+        )
+
+    def forward(self, mapped: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b v grid grid"]:
+        return self.blocks(mapped)
+
+
+class Decoder(nn.Module):
+    """Codes, relaxed or hard → the parameters μ and ln b of every pixel's distribution."""
+
+    def __init__(self, config: DVAEConfig) -> None:
+        super().__init__()
+        widths = [config.hidden * 2**g for g in reversed(range(config.groups))]
+        upsample = nn.Upsample(scale_factor=2, mode="nearest")
+        self.blocks = nn.Sequential(
+            OrderedDict({
+                "input": Conv2d(config.vocab_size, config.codebook_width, 1, fp32=True),
+                **_groups(config, config.codebook_width, widths, (1, 3, 3, 3), upsample),
+                "output": Output(config.hidden, 6),
+            })
+        )
+        if config.codebook_std is not None:
+            nn.init.normal_(self.blocks.input.w, std=config.codebook_std)
+
+    def forward(self, codes: Float[Tensor, "b v grid grid"]) -> Float[Tensor, "b 6 h w"]:
+        return self.blocks(codes)
+
+    def look_up(self, codes: Int[Tensor, "b grid grid"]) -> Float[Tensor, "b 6 h w"]:
+        """The same for hard codes: a row of the first layer's table instead of a one-hot product."""
+        table = self.blocks.input
+        y = F.embedding(codes, table.w[:, :, 0, 0].t()) + table.b
+        return self.blocks[1:](y.permute(0, 3, 1, 2).contiguous())
+
+
+class DVAE(nn.Module):
+    """Pixels in [0, 1] ↔ a grid of codes."""
+
+    def __init__(self, config: DVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    @classmethod
+    def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> "DVAE":
+        """The model in `folder` (R/dvae), ready to encode and decode.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or its parts do not fit.
+        """
+        path = Path(folder)
+        config = from_json(DVAEConfig, read_json(path / "config.json")["model"], str(path / "config.json"))
+        with torch.device("meta"):
+            model = cls(config)
+        load_weights(path, model)
+        return model.to(device).eval().requires_grad_(False)
+
+    def logits(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b v grid grid"]:
+        """Unnormalised log-probabilities of the codes, fp32.
+
+        Raises:
+            ValueError: pixels of another shape or type.
+        """
+        size = self.config.image_size
+        if pixels.shape[1:] != (3, size, size) or pixels.dtype != torch.float32:
+            raise ValueError(
+                f"expected float32 pixels of shape (batch, 3, {size}, {size}), "
+                f"got {pixels.dtype} of shape {tuple(pixels.shape)}"
+            )
+        return self.encoder(map_pixels(pixels))
+
+    def encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b grid grid"]:
+        """The most probable code of every cell (no noise: paper, §2.2)."""
+        return self.logits(pixels).argmax(1)
+
+    def decode(self, codes: Int[Tensor, "b grid grid"]) -> Float[Tensor, "b 3 h w"]:
+        """The picture for given codes, pixels in [0, 1].
+
+        Raises:
+            ValueError: codes of another shape, or outside the vocabulary.
+        """
+        grid, vocab = self.config.grid, self.config.vocab_size
+        if codes.shape[1:] != (grid, grid):
+            raise ValueError(f"expected codes of shape (batch, {grid}, {grid}), got {tuple(codes.shape)}")
+        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < vocab):
+            raise ValueError(f"expected codes from 0 to {vocab - 1}, got {int(codes.min())} to {int(codes.max())}")
+        return reconstruction(self.decoder.look_up(codes))

@@ -1,0 +1,275 @@
+"""One stream, whatever reads it and wherever it is entered."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import dalle
+from dalle.data.loader import TRIES, Loader
+from dalle.data.order import shuffled
+from dalle.data.source import BadSample, Sample
+from dalle.errors import ConfigError, DataError
+
+
+class Numbers:
+    """Sample i is a picture of `side` pixels and red i; the numbers in `broken` cannot be read."""
+
+    name = "numbers"
+
+    def __init__(self, length, broken=(), small=()):
+        self.length, self.broken, self.small = length, set(broken), set(small)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        texts = self.captions(index)
+        side = 4 if index in self.small else 8
+        return Sample(Image.new("RGB", (side + 3, side), (index, 0, 0)), texts, str(index))
+
+    def captions(self, index):
+        if index in self.broken:
+            raise BadSample(str(index), "torn")
+        return (f"{index}",)
+
+
+def prepare(sample, rng):
+    return torch.tensor(sample.image.getpixel((0, 0))[0]), torch.from_numpy(rng.integers(0, 1000, size=3))
+
+
+def refuse(sample, rng):
+    raise ConfigError("no such crop; choose another")
+
+
+def take(loader, n, start=0, stride=1):
+    batches = loader.batches(start, stride)
+    taken = list(islice(batches, n))
+    batches.close()
+    return taken
+
+
+def numbers(batches):
+    return torch.cat([batch[0] for batch in batches]).tolist()
+
+
+def same(a, b):
+    return all(
+        torch.equal(x, y) for one, two in zip(a, b, strict=True) for x, y in zip(one, two, strict=True)
+    )
+
+
+# The order
+
+
+@settings(deadline=None)
+@given(length=st.integers(1, 300), seed=st.integers(0, 2**40), epoch=st.integers(0, 2**20))
+def test_an_epoch_holds_every_index_once(length, seed, epoch):
+    indices = [shuffled(epoch * length + i, length, seed) for i in range(length)]
+    assert sorted(indices) == list(range(length))
+
+
+@settings(deadline=None)
+@given(length=st.integers(1, 2**40), seed=st.integers(0, 2**64), position=st.integers(0, 2**60))
+def test_an_index_is_in_range_for_any_length(length, seed, position):
+    assert 0 <= shuffled(position, length, seed) < length
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = {
+        tuple(shuffled(p, 50, seed) for p in range(e * 50, e * 50 + 50))
+        for e in range(9)
+        for seed in range(9)
+    }
+    assert len(orders) == 81
+
+
+@pytest.mark.parametrize("length", [5, 37])
+def test_every_index_comes_first_and_next_to_every_other_equally_often(length):
+    epochs = 4000
+    firsts = np.zeros(length)
+    pairs = np.zeros((length, length))
+    for epoch in range(epochs):
+        a, b = (shuffled(epoch * length + i, length, seed=7) for i in range(2))
+        firsts[a] += 1
+        pairs[a, b] += 1
+    expected = epochs / length
+    assert ((firsts - expected) ** 2 / expected).sum() < length + 6 * (2 * length) ** 0.5  # χ², six sigmas
+    expected = epochs / (length * (length - 1))
+    off = ~np.eye(length, dtype=bool)
+    assert ((pairs[off] - expected) ** 2 / expected).sum() < off.sum() + 6 * (2 * off.sum()) ** 0.5
+
+
+# The stream
+
+
+def test_the_stream_is_the_same_for_any_number_of_workers():
+    source = Numbers(41, broken=[3, 4, 20])
+    alone = Loader(source, prepare, batch_size=5, seed=1)
+    helped = Loader(source, prepare, batch_size=5, seed=1, workers=2)
+    assert same(take(alone, 20), take(helped, 20))
+    assert alone.skipped == helped.skipped == dict.fromkeys(("3", "4", "20"), "torn")
+
+
+def test_batches_follow_the_order_of_positions():
+    loader = Loader(Numbers(41), prepare, batch_size=5, seed=1)
+    assert numbers(take(loader, 20)) == [shuffled(p, 41, 1) for p in range(100)]
+    plain = Loader(Numbers(41), prepare, batch_size=5, seed=1, shuffle=False)
+    assert numbers(take(plain, 20)) == [p % 41 for p in range(100)]
+
+
+@pytest.mark.parametrize("start", [1, 39, 41, 83])
+def test_a_stream_entered_anywhere_is_the_tail_of_the_whole(start):
+    loader = Loader(Numbers(41, broken=[7]), prepare, batch_size=1, seed=3)
+    whole = take(loader, 100)
+    assert same(take(loader, 100 - start, start), whole[start:])
+
+
+def test_strides_share_a_stream():
+    loader = Loader(Numbers(41), prepare, batch_size=2, seed=3)
+    parts = [numbers(take(loader, 6, start=5 + r, stride=3)) for r in range(3)]
+    whole = numbers(take(loader, 18, start=5))
+    assert [parts[i % 3][i // 3] for i in range(36)] == whole
+
+
+def test_reading_leaves_the_global_generators_alone():
+    torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    take(Loader(Numbers(9), prepare, batch_size=2, seed=0), 3)
+    assert torch.equal(torch.get_rng_state(), torch_before)
+    assert (np.random.get_state()[1] == numpy_before).all()
+
+
+def test_draws_differ_between_positions_and_seeds():
+    draws = [
+        tuple(batch[1][0].tolist())
+        for seed in (0, 1)
+        for batch in take(Loader(Numbers(1), prepare, batch_size=1, seed=seed), 20)
+    ]
+    assert len(set(draws)) == 40
+
+
+# Bad samples
+
+
+def test_the_next_readable_sample_takes_a_bad_ones_place():
+    loader = Loader(Numbers(6, broken=[2, 3, 5]), prepare, batch_size=6, seed=0, shuffle=False)
+    assert loader.skipped == {}
+    assert numbers(take(loader, 1)) == [0, 1, 4, 4, 4, 0]
+    assert loader.skipped == dict.fromkeys("235", "torn")
+
+
+def test_small_pictures_are_skipped_with_their_size():
+    loader = Loader(Numbers(4, small=[1]), prepare, batch_size=4, seed=0, shuffle=False, min_side=8)
+    assert numbers(take(loader, 1)) == [0, 2, 2, 3]
+    assert loader.skipped == {"1": "7×4 pixels, smaller than image_size=8"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_readable_is_an_error_in_one_line(workers):
+    loader = Loader(
+        Numbers(7, broken=range(7)), prepare, batch_size=2, seed=0, workers=workers, shuffle=False
+    )
+    with pytest.raises(DataError) as caught:
+        next(loader.batches())
+    assert str(caught.value) == "numbers: no readable picture among 7 tries; the first, 0: torn"
+    assert len(loader.skipped) == 7
+    assert multiprocessing.active_children() == []
+
+
+def test_tries_end():
+    loader = Loader(Numbers(250, broken=range(240)), prepare, batch_size=1, seed=0, shuffle=False)
+    with pytest.raises(DataError, match=f"among {TRIES} tries"):
+        next(loader.batches())
+    assert numbers(take(loader, 1, start=200)) == [240]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_callers_mistake_in_a_worker_keeps_its_type_and_message(workers):
+    loader = Loader(Numbers(3), refuse, batch_size=1, seed=0, workers=workers)
+    with pytest.raises(ConfigError) as caught:
+        next(loader.batches())
+    assert str(caught.value) == "no such crop; choose another"
+
+
+def test_an_empty_source_is_refused():
+    with pytest.raises(DataError, match="numbers: no samples"):
+        Loader(Numbers(0), prepare, batch_size=1, seed=0)
+
+
+def test_what_the_source_lost_on_opening_is_counted_too():
+    source = Numbers(3)
+    source.bad = [BadSample("0.tar", "cut off")]
+    assert Loader(source, prepare, batch_size=1, seed=0).skipped == {"0.tar": "cut off"}
+
+
+def test_first_reads_in_order_without_bad_samples_or_repetitions():
+    loader = Loader(Numbers(9, broken=[0, 2]), prepare, batch_size=4, seed=0)
+    assert loader.first(3)[0].tolist() == [1, 3, 4]
+    assert loader.first(99)[0].tolist() == [1, 3, 4, 5, 6, 7, 8]
+    assert loader.skipped == {"0": "torn", "2": "torn"}
+    with pytest.raises(DataError, match="no readable picture"):
+        Loader(Numbers(2, broken=[0, 1]), prepare, batch_size=1, seed=0).first(1)
+
+
+# Worker processes
+
+
+def observe(sample, rng, parent):
+    assert os.getpid() != parent
+    return (torch.tensor([os.getpid(), torch.get_num_threads()]),)
+
+
+def crash(sample, rng):
+    raise RuntimeError("a bug")
+
+
+def test_workers_outlive_signals_use_one_thread_and_end_with_the_stream():
+    loader = Loader(Numbers(9), partial(observe, parent=os.getpid()), batch_size=3, seed=0, workers=2)
+    batches = loader.batches()
+    pids, threads = next(batches)[0].T.tolist()
+    assert threads == [1, 1, 1]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(pids[0], number)
+    for _ in range(6):  # more than the two batches that each worker has read ahead
+        next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_end_with_a_stream_that_fails():
+    with pytest.raises(RuntimeError, match="a bug"):
+        next(Loader(Numbers(9), crash, batch_size=3, seed=0, workers=2).batches())
+    assert multiprocessing.active_children() == []
+
+
+def test_a_stream_that_is_never_closed_does_not_hold_up_the_exit(tmp_path):
+    (tmp_path / "leave.py").write_text("""
+import torch
+from dalle.data.loader import Loader
+from dalle.data.source import Sample
+from PIL import Image
+class One:
+    name = "one"
+    def __len__(self): return 1
+    def __getitem__(self, index): return Sample(Image.new("RGB", (8, 8)), ("x",), "0")
+def prepare(sample, rng): return (torch.zeros(1),)
+if __name__ == "__main__":
+    batches = Loader(One(), prepare, batch_size=1, seed=0, workers=1).batches()
+    next(batches)
+    raise SystemExit(7)
+""")
+    path = {"PYTHONPATH": str(Path(dalle.__file__).parents[1])}
+    command = [sys.executable, str(tmp_path / "leave.py")]
+    assert subprocess.run(command, timeout=25, env=os.environ | path).returncode == 7
