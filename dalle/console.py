@@ -110,6 +110,8 @@ class Bar:
         words = [f"{self.rate(done):.3g} {self.unit}/s", f"{duration(self.left(done))} left"]
         words += [f"{name} {value}" for name, value in (values or {}).items()]
         self.progress.update(self.task, completed=done, words=" · ".join(words))
-        if not console.is_terminal and (self.clock.seconds >= self.last_line + self.every or done == self.total):
+        if not console.is_terminal and (
+            self.clock.seconds >= self.last_line + self.every or done == self.total
+        ):
             self.last_line = self.clock.seconds
             say(f"{self.label} {done:,}/{self.total:,} · " + " · ".join(words))

@@ -28,7 +28,7 @@ class Training:
     batch_size: int = setting(MISSING, "pictures per update, over all processes")
     micro_batch: int = setting(0, "pictures per forward pass; 0: the whole batch at once")
     lr: float = setting(MISSING, "peak step size")
-    precision: Precision = setting("auto", "fp32, bf16, or auto: whichever this device is faster in")
+    precision: Precision = setting("auto", "fp32, bf16, or auto: what this device is faster in")
     seed: int = setting(0, "decides the weights at the start, the order of the data and all noise")
     heldout: float = setting(0.02, "share of the data kept for evaluation where it names no split")
     workers: int = setting(1, "processes that read and prepare pictures; 0: the training process itself")
@@ -49,7 +49,9 @@ class Training:
         if not 0 <= self.heldout < 1:
             raise ConfigError(f"heldout={self.heldout} must be at least 0 and below 1")
         if self.micro_batch and self.batch_size % self.micro_batch:
-            raise ConfigError(f"batch_size={self.batch_size} must be a multiple of micro_batch={self.micro_batch}")
+            raise ConfigError(
+                f"batch_size={self.batch_size} must be a multiple of micro_batch={self.micro_batch}"
+            )
 
     @property
     def micro_batches(self) -> int:
@@ -182,7 +184,9 @@ def _resume(task: Task, engine: Engine, folder: Path) -> int:
         warn(f"{error}; the training state before it is used")
     if found is None:
         if refused:
-            raise CheckpointError(f"no training state in {folder / 'state'} is whole; delete it to start anew")
+            raise CheckpointError(
+                f"no training state in {folder / 'state'} is whole; delete it to start anew"
+            )
         return 0
     state, tensors = found
     engine.load(tensors)

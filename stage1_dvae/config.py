@@ -16,12 +16,16 @@ class DVAEConfig:
 
     image_size: int = setting(256, "pixels per side", paper="256 (§2.1)")
     vocab_size: int = setting(8192, "number of codes", paper="8,192 (§2.1)")
-    hidden: int = setting(256, "channels of the widest grid; later groups have 2×, 4×, 8×", paper="256 (App. A.1)")
+    hidden: int = setting(
+        256, "channels of the widest grid; later groups have 2×, 4×, 8×", paper="256 (App. A.1)"
+    )
     codebook_width: int = setting(128, "channels of the decoder's first layer", paper="128 (released code)")
     groups: int = setting(4, "groups of blocks; all but one halve the resolution", paper="4 (App. A.1)")
     blocks_per_group: int = setting(2, "resblocks per group", paper="2 (App. A.1)")
     gain: float | None = setting(
-        None, "factor on every resblock's output; none: 1/(groups·blocks_per_group)²", paper="1/64 (released code)"
+        None,
+        "factor on every resblock's output; none: 1/(groups·blocks_per_group)²",
+        paper="1/64 (released code)",
     )
     codebook_std: float | None = setting(
         None, "spread of the codebook at the start; none: 1/√vocab_size", paper="1/√8192 (released code)"
@@ -34,7 +38,9 @@ class DVAEConfig:
         if self.vocab_size < 2:
             raise ConfigError(f"vocab_size={self.vocab_size} must be at least 2")
         if self.hidden % 4:
-            raise ConfigError(f"hidden={self.hidden} must be a multiple of 4: resblocks work at a quarter of it")
+            raise ConfigError(
+                f"hidden={self.hidden} must be a multiple of 4: resblocks work at a quarter of it"
+            )
         if self.image_size % self.stride:
             lower = max(1, self.image_size // self.stride) * self.stride
             raise ConfigError(

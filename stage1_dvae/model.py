@@ -28,7 +28,9 @@ class Conv2d(nn.Module):
     def __init__(self, c_in: int, c_out: int, kernel: int, *, fp32: bool = False) -> None:
         super().__init__()
         self.fp32, self.padding = fp32, (kernel - 1) // 2
-        self.w = nn.Parameter(torch.empty(c_out, c_in, kernel, kernel).normal_(std=1 / math.sqrt(c_in * kernel**2)))
+        self.w = nn.Parameter(
+            torch.empty(c_out, c_in, kernel, kernel).normal_(std=1 / math.sqrt(c_in * kernel**2))
+        )
         self.b = nn.Parameter(torch.zeros(c_out))
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
@@ -95,11 +97,13 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.hidden * 2**g for g in range(config.groups)]
         self.blocks = nn.Sequential(
-            OrderedDict({
-                "input": Conv2d(3, config.hidden, 7),
-                **_groups(config, config.hidden, widths, (3, 3, 3, 1), nn.MaxPool2d(2)),
-                "output": Output(widths[-1], config.vocab_size, fp32=True),
-            })
+            OrderedDict(
+                {
+                    "input": Conv2d(3, config.hidden, 7),
+                    **_groups(config, config.hidden, widths, (3, 3, 3, 1), nn.MaxPool2d(2)),
+                    "output": Output(widths[-1], config.vocab_size, fp32=True),
+                }
+            )
         )
 
     def forward(self, mapped: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b v grid grid"]:
@@ -114,11 +118,13 @@ class Decoder(nn.Module):
         widths = [config.hidden * 2**g for g in reversed(range(config.groups))]
         upsample = nn.Upsample(scale_factor=2, mode="nearest")
         self.blocks = nn.Sequential(
-            OrderedDict({
-                "input": Conv2d(config.vocab_size, config.codebook_width, 1, fp32=True),
-                **_groups(config, config.codebook_width, widths, (1, 3, 3, 3), upsample),
-                "output": Output(config.hidden, 6),
-            })
+            OrderedDict(
+                {
+                    "input": Conv2d(config.vocab_size, config.codebook_width, 1, fp32=True),
+                    **_groups(config, config.codebook_width, widths, (1, 3, 3, 3), upsample),
+                    "output": Output(config.hidden, 6),
+                }
+            )
         )
         if config.codebook_std is not None:
             nn.init.normal_(self.blocks.input.w, std=config.codebook_std)
@@ -184,5 +190,7 @@ class DVAE(nn.Module):
         if codes.shape[1:] != (grid, grid):
             raise ValueError(f"expected codes of shape (batch, {grid}, {grid}), got {tuple(codes.shape)}")
         if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < vocab):
-            raise ValueError(f"expected codes from 0 to {vocab - 1}, got {int(codes.min())} to {int(codes.max())}")
+            raise ValueError(
+                f"expected codes from 0 to {vocab - 1}, got {int(codes.min())} to {int(codes.max())}"
+            )
         return reconstruction(self.decoder.look_up(codes))

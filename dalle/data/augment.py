@@ -12,7 +12,7 @@ from dalle.errors import DataError
 
 
 def stage1_crop(
-    image: Image.Image, target: int, rng: np.random.Generator
+    image: Image.Image, target: int, rng: np.random.Generator, *, flip: bool = True
 ) -> UInt8[np.ndarray, "3 {target} {target}"]:
     """A random square of the picture, shrunk by AREA to 9/8–12/8 of `target`, cropped and flipped at random.
 
@@ -22,7 +22,7 @@ def stage1_crop(
     left, top = (int(rng.integers(length - side, endpoint=True)) for length in image.size)
     low, high = min(side, 9 * target // 8), min(side, 12 * target // 8)
     cropped = _shrink_and_crop(image, (left, top), int(rng.integers(low, high, endpoint=True)), target, rng)
-    return np.ascontiguousarray(cropped[:, :, ::-1]) if rng.random() < 0.5 else cropped
+    return np.ascontiguousarray(cropped[:, :, ::-1]) if flip and rng.random() < 0.5 else cropped
 
 
 def stage2_crop(

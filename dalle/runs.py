@@ -1,0 +1,133 @@
+"""What a training command is to do: from presets, options and what the run folder already holds."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from dalle.checkpoint import FORMAT, read_json, write_json
+from dalle.config import describe, from_json, override, to_json
+from dalle.console import console
+from dalle.errors import ConfigError
+from dalle.training import CHANGEABLE, Training
+
+HORIZONS = ("warmup", "lr_steps", "beta_steps", "tau_steps", "patience")  # spans within `steps`
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user gave to a training command; None where nothing was given."""
+
+    run: Path
+    data: str | None = None
+    preset: str | None = None
+    steps: int | None = None
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One stage of a run, resolved: its folder and everything its config.json holds."""
+
+    folder: Path
+    preset: str
+    data: str
+    model: Any
+    training: Any
+    resumed: bool
+
+    def write(self, **more: Any) -> None:
+        """Write config.json, before the first step."""
+        sections = {"model": to_json(self.model), "training": to_json(self.training)}
+        head = {"format": FORMAT, "preset": self.preset, "data": self.data}
+        write_json(self.folder / "config.json", {**head, **more, **sections})
+
+    def show(self) -> None:
+        """Print every setting, its meaning and the paper's value."""
+        table = Table("setting", "value", "meaning", "paper", title=f"preset {self.preset}, data {self.data}")
+        for row in describe({"model": self.model, "training": self.training}):
+            table.add_row(*map(Text, row))
+        console.print(table)
+
+
+def plan(
+    options: Options,
+    stage: str,
+    presets: Mapping[str, tuple[Any, Any]],
+    *,
+    default_preset: str,
+    default_data: str = "scenes",
+) -> Plan:
+    """Resolve what to train in `options.run`/`stage`.
+
+    A new run starts from a preset; its horizons (warm-up, cosines) scale with `steps` unless they are
+    set. A run found in the folder is continued with its own configuration, of which only what cannot
+    change its course may be set anew.
+
+    Raises:
+        ConfigError: unknown names, values that cannot be, or a run found there that was started otherwise.
+    """
+    folder = options.run / stage
+    settings = list(options.settings)
+    if options.steps is not None:
+        settings.append(f"steps={options.steps}")
+    if (folder / "config.json").exists():
+        return _continued(folder, options, settings, presets)
+    name = options.preset or default_preset
+    if name not in presets:
+        raise ConfigError(unknown_preset(name, presets))
+    model, training = presets[name]
+    sections = override({"model": model, "training": training}, settings)
+    chosen = {text.partition("=")[0].strip() for text in settings}
+    scaled = _scale_horizons(sections["training"], training.steps, chosen)
+    return Plan(folder, name, options.data or default_data, sections["model"], scaled, resumed=False)
+
+
+def unknown_preset(name: str, presets: Mapping[str, Any]) -> str:
+    """What to tell about a preset that there is not."""
+    close = difflib.get_close_matches(name, presets, n=1)
+    return f"unknown preset {name!r}; " + (
+        f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(presets)}"
+    )
+
+
+def _scale_horizons(training: Training, preset_steps: int, chosen: set[str]) -> Training:
+    ratio = training.steps / preset_steps
+    spans = [h for h in HORIZONS if hasattr(training, h) and h not in chosen]
+    return dataclasses.replace(training, **{h: round(getattr(training, h) * ratio) for h in spans})
+
+
+def _continued(
+    folder: Path, options: Options, settings: Sequence[str], presets: Mapping[str, tuple[Any, Any]]
+) -> Plan:
+    path = folder / "config.json"
+    saved = read_json(path)
+    if "training" not in saved:
+        raise ConfigError(
+            f"{folder} holds an imported model without a training run; use another --run to train"
+        )
+    model_kind, training_kind = (type(section) for section in next(iter(presets.values())))
+    model = from_json(model_kind, saved["model"], str(path))
+    training = from_json(training_kind, saved["training"], str(path))
+    sections = override({"model": model, "training": training}, settings)
+    for name, old in (("model", model), ("training", training)):
+        for field in dataclasses.fields(old):
+            was, now = getattr(old, field.name), getattr(sections[name], field.name)
+            if was != now and field.name not in CHANGEABLE:
+                raise ConfigError(
+                    f"{folder} was started with {field.name}={was}, not {now}: keep it, or use another --run"
+                )
+    for what, was, now in (
+        ("--preset", saved["preset"], options.preset),
+        ("--data", saved["data"], options.data),
+    ):
+        if now is not None and now != was:
+            raise ConfigError(
+                f"{folder} was started with {what} {was}, not {now}: keep it, or use another --run"
+            )
+    return Plan(folder, saved["preset"], saved["data"], sections["model"], sections["training"], resumed=True)

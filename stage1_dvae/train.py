@@ -1,0 +1,186 @@
+"""Training the dVAE: what the loop is told, from top to bottom."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dalle.checkpoint import save_weights
+from dalle.console import say, warn
+from dalle.data.augment import centre_crop, stage1_crop
+from dalle.data.loader import Loader
+from dalle.data.open import open_source
+from dalle.data.source import Sample
+from dalle.engine import Engine
+from dalle.optim import AdamW, Average
+from dalle.pictures import grid, save_png, to_images, to_pixels
+from dalle.precision import best_device, choose
+from dalle.runs import Options, Plan, plan
+from dalle.schedules import cosine, warmup
+from dalle.training import fit, keyed
+from stage1_dvae.codebook import ALARM, CodebookWindow
+from stage1_dvae.config import PRESETS, DVAETraining
+from stage1_dvae.likelihood import log_density, map_pixels, reconstruction
+from stage1_dvae.loss import elbo
+from stage1_dvae.model import DVAE
+
+EVALUATION = 1 << 40  # keys the noise of evaluations apart from that of any step
+SHOWN = 8  # pictures in the grid of an evaluation
+DRAWN_AT_ONCE = 64  # held-out pictures in one forward pass
+
+
+def resolve(options: Options) -> Plan:
+    """What `train` would do for these options."""
+    suits = "small" if best_device().type == "cuda" else "tiny"
+    return plan(options, "dvae", PRESETS, default_preset=suits)
+
+
+def train(options: Options) -> bool:
+    """Train the dVAE of a run, or continue it. True when all its steps are made.
+
+    Raises:
+        DalleError: settings, data or a run folder that cannot be used.
+    """
+    run = resolve(options)
+    config: DVAETraining = run.training
+    size = run.model.image_size
+    device = best_device()
+    precision = choose(config.precision, device)
+
+    source = open_source(run.data, "train", size, config.heldout)
+    crop = partial(_crop, size=size, flip=config.flip)
+    loader = Loader(
+        source, crop, batch_size=config.batch_size // config.micro_batches, seed=config.seed,
+        workers=config.workers, min_side=size,
+    )  # fmt: skip
+    unseen = open_source(run.data, "heldout", size, config.heldout)
+    (heldout,) = Loader(
+        unseen, partial(_centre, size=size), batch_size=1, seed=config.seed, min_side=size
+    ).first(config.eval_pictures)
+
+    torch.manual_seed(config.seed)
+    model = DVAE(run.model).to(device, memory_format=torch.channels_last)
+    optimizer = AdamW(model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+    average = Average(model.parameters(), config.ema_decay, config.ema_every)
+    engine = Engine(model, optimizer, average, clip=config.clip, precision=precision)
+    say(
+        f"dVAE: {run.folder} · preset {run.preset} · {sum(p.numel() for p in model.parameters()):,} parameters · "
+        f"{size}×{size} pixels ↔ {run.model.grid}×{run.model.grid} codes of {run.model.vocab_size:,} · "
+        f"{len(source):,} pictures of {run.data} · {device.type} {precision}"
+    )
+    run.write()
+    return fit(Stage1(model, run, heldout.to(device)), engine, loader, config, run.folder)
+
+
+def _crop(sample: Sample, rng: np.random.Generator, size: int, flip: bool) -> tuple[Tensor]:
+    return (torch.from_numpy(stage1_crop(sample.image, size, rng, flip=flip)),)
+
+
+def _centre(sample: Sample, _: np.random.Generator, size: int) -> tuple[Tensor]:
+    return (torch.from_numpy(centre_crop(sample.image, size)),)
+
+
+class Stage1:
+    """What the loop asks of stage 1; see `dalle.training.Task`."""
+
+    label = "dVAE"
+
+    def __init__(self, model: DVAE, run: Plan, heldout: Tensor) -> None:
+        self.model, self.run, self.heldout = model, run, heldout
+        self.config: DVAETraining = run.training
+        self.tokens_per_picture = run.model.grid**2
+        self.window = CodebookWindow(run.model.vocab_size)
+        self.alarms = 0
+
+    def beta(self, step: int) -> float:
+        """The KL term's weight."""
+        return cosine(step, self.config.beta_steps, self.config.beta_start, self.config.beta)
+
+    def tau(self, step: int) -> float:
+        """The relaxation's temperature."""
+        return cosine(step, self.config.tau_steps, self.config.tau_start, self.config.tau)
+
+    def lr(self, step: int) -> float:
+        """The step size."""
+        c = self.config
+        return warmup(step, c.warmup) * cosine(step, c.lr_steps, c.lr, c.lr_end)
+
+    def loss(self, batch: tuple[Tensor, ...], step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The negative ELBO of one micro-batch, per subpixel."""
+        noise = keyed(self.heldout.device, self.config.seed, step, micro)
+        tau, beta = self.tau(step), self.beta(step)
+        terms, log_q, _ = elbo(self.model, to_pixels(batch[0]), tau=tau, generator=noise)
+        self.window.add(log_q.detach().argmax(-1))
+        counted = {name: torch.tensor(value) for name, value in self.window.metrics().items()}
+        schedule = {"tau": torch.tensor(tau), "beta": torch.tensor(beta)}
+        return terms.loss(beta, self.config.usage_weight), {**terms.metrics(), **counted, **schedule}
+
+    def after(self, loss: float) -> None:
+        """The schedules of stage 1 do not depend on the loss."""
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Held-out ELBO; relaxed against hard reconstructions; a grid of both in pictures/."""
+        sums: dict[str, float] = {}
+        window = CodebookWindow(self.run.model.vocab_size)
+        for start in range(0, len(self.heldout), DRAWN_AT_ONCE):
+            pixels = to_pixels(self.heldout[start : start + DRAWN_AT_ONCE])
+            noise = keyed(pixels.device, self.config.seed, EVALUATION, start)
+            terms, log_q, relaxed = elbo(self.model, pixels, tau=self.tau(step), generator=noise)
+            codes = log_q.argmax(-1)
+            hard = self.model.decoder.look_up(codes).float()
+            hard_nll = -log_density(map_pixels(pixels), hard[:, :3], hard[:, 3:]).mean()
+            window.add(codes)
+            measured = {
+                "loss": terms.loss(self.beta(step)),
+                **terms.metrics(),
+                "relaxed_psnr": psnr(pixels, reconstruction(relaxed)).mean(),
+                "psnr": psnr(pixels, reconstruction(hard)).mean(),
+                "relaxation_gap": hard_nll - terms.nll,  # nats per subpixel that hard codes cost
+            }
+            for name, value in measured.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(pixels) / len(self.heldout)
+            if start == 0:
+                rows = [to_images(p[:SHOWN]) for p in (pixels, reconstruction(relaxed), reconstruction(hard))]
+                save_png(self.run.folder / "pictures" / f"step-{step:08d}.png", grid(rows))
+        metrics = {f"heldout_{name}": value for name, value in {**sums, **window.metrics()}.items()}
+        say(
+            "dVAE: step {:,} · held-out {:.3f} bits/dim · PSNR {:.1f} dB hard, {:.1f} relaxed · codes in use {:.0%}, "
+            "perplexity {:.0f}".format(
+                step,
+                metrics["heldout_bits_per_dim"],
+                metrics["heldout_psnr"],
+                metrics["heldout_relaxed_psnr"],
+                metrics["heldout_codebook_usage"],
+                metrics["heldout_codebook_perplexity"],
+            )  # fmt: skip
+        )
+        self._warn_of_collapse()
+        return metrics
+
+    def _warn_of_collapse(self) -> None:
+        usage = self.window.metrics()["codebook_usage"]
+        self.alarms = self.alarms + 1 if self.window.full and usage < ALARM else 0
+        if self.alarms >= 2:
+            warn(
+                f"only {usage:.1%} of the codes have been in use since the last evaluation: the codebook is dying; "
+                "start anew with a larger --set beta_start=… or --set usage_weight=2, a smaller step size, "
+                "or a smaller --set vocab_size=…"
+            )
+
+    def publish(self) -> None:
+        """Write the averaged weights."""
+        save_weights(self.run.folder, self.model.state_dict())
+
+    def state(self) -> dict[str, Any]:
+        """Nothing beyond the step: schedules are functions of it, noise is keyed by it."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """See `state`."""
+
+
+def psnr(pixels: Tensor, other: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture in dB, `b 3 h w` → `b`."""
+    return -10 * (pixels - other).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
