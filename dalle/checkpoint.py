@@ -35,6 +35,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _sha256_of(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -57,12 +61,15 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(partial)
         os.replace(partial, path)
         _sync(path.parent)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
-        raise _unwritable(path, error) from error
+        if isinstance(error, (OSError, SafetensorError)):
+            raise unwritable(path, error) from error
+        raise
 
 
-def _unwritable(path: Path, error: Exception) -> CheckpointError:
+def unwritable(path: Path, error: Exception) -> CheckpointError:
+    """What to tell the user when the disk is full or refuses."""
     reason = getattr(error, "strerror", None) or str(error)
     return CheckpointError(
         f"cannot write {path}: {reason}; what was saved before is whole: "
@@ -73,18 +80,20 @@ def _unwritable(path: Path, error: Exception) -> CheckpointError:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
     with replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises `CheckpointError` if it is missing, broken or of a newer format."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: {path.parent} holds no model of that kind") from None
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict) or value.get("format", FORMAT) > FORMAT:
+    if not isinstance(value, dict) or not isinstance(value.get("format", FORMAT), int):
+        raise CheckpointError(f"{path} is damaged or of another program: expected an object with a format")
+    if value.get("format", FORMAT) > FORMAT:
         raise CheckpointError(f"{path} was written by a newer version of this program; update it")
     return value
 
@@ -147,6 +156,9 @@ def save_state(
         state: JSON values that belong to them.
         keep: how many states stay.
 
+    States of later steps were refused when this run was resumed, or it would have gone on from there;
+    they go too, and so does what a killed process left behind.
+
     Raises:
         CheckpointError: the disk is full or refuses; the states saved before are untouched.
     """
@@ -161,9 +173,10 @@ def save_state(
             save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, path)
             _sync(path)
             hashes[path.name] = _sha256(path)
-        (partial / STATE).write_text(
-            json.dumps({"format": FORMAT, "step": step, "sha256": hashes, **state}, indent=2)
-        )
+        values = {"step": step, **state}
+        hashes[STATE] = _sha256_of(values)
+        text = json.dumps({"format": FORMAT, "sha256": hashes, **values}, indent=2)
+        (partial / STATE).write_text(text, encoding="utf-8")
         _sync(partial / STATE)
         _sync(partial)
         shutil.rmtree(target, ignore_errors=True)
@@ -171,8 +184,10 @@ def save_state(
         _sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise _unwritable(target, error) from error
-    for old in state_folders(folder)[keep:]:
+        raise unwritable(target, error) from error
+    later = [path for path in state_folders(folder) if path > target]
+    stale = [path for path in state_folders(folder) if path <= target][keep:]
+    for old in [*later, *stale, *folder.glob("step-*.partial")]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -184,22 +199,28 @@ def load_state(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]
         CheckpointError: a file is missing or is not what was written.
     """
     state = read_json(path / STATE)
+    hashes = state.get("sha256")
+    values = {key: value for key, value in state.items() if key not in ("format", "sha256")}
+    if not isinstance(hashes, dict) or hashes.pop(STATE, None) != _sha256_of(values):
+        raise CheckpointError(f"{path / STATE} is not what was saved (its hash differs)")
     tensors = {}
-    for name, expected in state.get("sha256", {}).items():
+    for name, expected in hashes.items():
         file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        if _sha256(file) != expected:
+        try:
+            found = _sha256(file)
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+        if found != expected:
             raise CheckpointError(f"{file} is not what was saved (its hash differs)")
         tensors[file.stem] = _load_file(file)
-    return state, tensors
+    return values, tensors
 
 
 def newest_state(
     folder: Path,
 ) -> tuple[tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None, list[CheckpointError]]:
     """The newest training state that is whole (None if there is none), and why newer ones were refused."""
-    refused = []
+    refused: list[CheckpointError] = []
     for path in state_folders(folder):
         try:
             return load_state(path), refused

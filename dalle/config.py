@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -68,7 +69,10 @@ def parse(key: str, text: str, kind: Any) -> Any:
             raise ConfigError(f"{key}={text} must be true or false")
         return text.lower() == "true"
     try:
-        return kind(text)
+        value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError(text)
+        return value
     except ValueError:
         wanted = {"int": "a whole number", "float": "a number"}[kind.__name__]
         raise ConfigError(f"{key}={text} must be {wanted}") from None
@@ -79,12 +83,15 @@ def to_json(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_json(kind: type[C], values: Mapping[str, Any], where: str) -> C:
+def from_json(kind: type[C], values: Mapping[str, Any] | None, where: str) -> C:
     """Rebuild a config written by `to_json`; `where` names the file in messages.
 
     Raises:
-        ConfigError: keys are missing or unknown: the file is of another version or another model.
+        ConfigError: keys are missing or unknown, or a value has another type: the file is of another
+            version or another model.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} does not describe a {kind.__name__}")
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(values.keys() - fields.keys())
     required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
@@ -94,7 +101,20 @@ def from_json(kind: type[C], values: Mapping[str, Any], where: str) -> C:
             f"{where} does not describe a {kind.__name__}: unknown {unknown or 'nothing'}, "
             f"missing {missing or 'nothing'}"
         )
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            wanted = getattr(hints[name], "__name__", hints[name])
+            raise ConfigError(f"{where}: {name} is {value!r}, expected {wanted}")
     return kind(**values)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(_fits(value, k) for k in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def preset(presets: Mapping[str, C], name: str) -> C:

@@ -3,8 +3,9 @@
 The loop and the stages know only the methods used here. A distributed engine has the same ones.
 """
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 import torch
@@ -31,11 +32,11 @@ class Engine:
     ) -> None:
         self.model, self.optimizer, self.average = model, optimizer, average
         self.clip, self.precision = clip, precision
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.dropped = 0  # updates dropped in a row
 
-    def arithmetic(self) -> object:
+    def arithmetic(self) -> AbstractContextManager[object]:
         """The context for forward passes."""
         return arithmetic(self.precision, self.device)
 
@@ -54,10 +55,12 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip or float("inf"))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         grad_norm = norm.item()
-        if norm.isfinite():
+        if math.isfinite(grad_norm):
             self.dropped = 0
+            if self.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
             self.optimizer.limit_variance(grad_norm if self.clip is None else min(grad_norm, self.clip))
             self.optimizer.step()
         else:
@@ -74,9 +77,11 @@ class Engine:
             for name, p in self.model.named_parameters()
             if p.grad is not None and not p.grad.isfinite().all()
         ]
+        where = f"first in {bad[0]} ({len(bad)} parameters in all)" if bad else "in its norm alone"
+        precision = "" if self.precision == "fp32" else " or use --set precision=fp32"
         return (
-            f"the gradient was not finite in {self.dropped} updates in a row, first in {bad[0]} "
-            f"({len(bad)} parameters in all): lower the step size (--set lr=…) or use --set precision=fp32"
+            f"the gradient was not finite in {self.dropped} updates in a row, {where}: "
+            f"lower the step size (--set lr=…){precision}"
         )
 
     @contextmanager
@@ -109,5 +114,5 @@ class Engine:
         """Take back what `tensors` gave."""
         names = [n for n, p in self.model.named_parameters() if p.requires_grad]
         self._assign([saved["weights"][n].to(self.device) for n in names])
-        self.average.weights = [saved["average"][n].to(self.device) for n in names]
+        torch._foreach_copy_(self.average.weights, [saved["average"][n].to(self.device) for n in names])
         self.optimizer.load_moments(saved["moments"])

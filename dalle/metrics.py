@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dalle.checkpoint import replacing
+from dalle.checkpoint import replacing, unwritable
 from dalle.console import Stopwatch
 from dalle.errors import ConfigError
 
@@ -25,8 +25,11 @@ class MetricsLog:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Record what was measured after update `step`."""
         line = {"step": step, **{k: _short(v) for k, v in values.items()}}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise unwritable(self.path, error) from error
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
@@ -35,8 +38,9 @@ class MetricsLog:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """All lines of `folder`/metrics.jsonl; a last line cut short by a crash is left out."""
     path = folder / "metrics.jsonl"
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    lines: list[dict[str, Any]] = []
+    # After a crash the end of the file may be anything, not even text.
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(line))
         except ValueError:

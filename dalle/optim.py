@@ -1,6 +1,7 @@
 """AdamW as the paper runs it, and the running average of the weights."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ class AdamW(torch.optim.AdamW):
 
     With v' = min(β₂ v + (1−β₂) g², limit) the limit also holds for the update that it enters. It is
     applied to v beforehand, which keeps the update itself fused: the bound below makes the sum come
-    out at `limit` exactly. Gradients whose squares all stay below the limit cannot exceed it, so the
+    out at `limit` exactly, provided (1−β₂) g² itself stays below it, which clipping sees to: at the
+    paper's numbers 0.04·4² = 0.64. Gradients whose squares all stay below the limit cannot exceed it, so the
     pass over the variances is left out for them.
 
     Source: paper, App. B.2 (variance clipped by value to 5 before either update).
@@ -28,7 +30,7 @@ class AdamW(torch.optim.AdamW):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         matrices = [p for _, p in named if p.ndim > 1]
         vectors = [p for _, p in named if p.ndim <= 1]  # gains and biases are not decayed
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         # The step size is written into the groups before every update (see `Engine.update`).
         super().__init__(groups, lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=True)
         self.variance_limit = variance_limit
@@ -61,8 +63,12 @@ class AdamW(torch.optim.AdamW):
                 kinds = ("step", "exp_avg", "exp_avg_sq")
                 found = {k: saved[key] for k in kinds if (key := f"{self.names[id(p)]}/{k}") in saved}
                 if found:
-                    # Fused kernels want the count beside the parameter.
-                    self.state[p] = {k: v.to(p.device).clone() for k, v in found.items()}
+                    # The fused kernel walks through memory: the moments must lie as the parameter does,
+                    # channels_last too, though files hold them contiguous. It wants the count beside it.
+                    self.state[p] = {
+                        k: v.to(p.device).clone() if v.ndim == 0 else torch.empty_like(p.detach()).copy_(v)
+                        for k, v in found.items()
+                    }
 
 
 class Average:

@@ -5,10 +5,11 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from dalle.checkpoint import unwritable
 from dalle.console import say
 from dalle.errors import CheckpointError
 
@@ -21,16 +22,24 @@ def only_process(folder: Path) -> Iterator[None]:
     can be resumed at once.
 
     Raises:
-        CheckpointError: another process trains there.
+        CheckpointError: another process trains there, or the folder cannot be written or locked.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a")
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):  # POSIX leaves open which of the two
             raise CheckpointError(
                 f"another process is training in {folder}: wait for it, stop it, or use another --run"
             ) from None
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot lock {folder}: {error.strerror}; put --run on a file system that knows locks"
+            ) from error
         yield
 
 
@@ -46,7 +55,8 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         if asked.is_set():
             os._exit(1)  # the state saved last is whole, whatever was under way
         asked.set()
-        say(f"{signal.Signals(number).name}: finishing this step and saving; once more to stop at once")
+        with suppress(OSError, RuntimeError):  # the terminal may be gone, or in the midst of another line
+            say(f"{signal.Signals(number).name}: finishing this step and saving; once more to stop at once")
 
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set  # only the main thread may handle signals

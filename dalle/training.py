@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +29,15 @@ class Training:
     batch_size: int = setting(MISSING, "pictures per update, over all processes")
     micro_batch: int = setting(0, "pictures per forward pass; 0: the whole batch at once")
     lr: float = setting(MISSING, "peak step size")
-    precision: Precision = setting("auto", "fp32, bf16, or auto: what this device is faster in")
+    beta1: float = setting(MISSING, "AdamW's decay of the mean")
+    beta2: float = setting(MISSING, "AdamW's decay of the variance")
+    weight_decay: float = setting(MISSING, "AdamW's weight decay")
+    clip: float | None = setting(MISSING, "largest norm of the gradient; none: no limit")
+    ema_decay: float = setting(MISSING, "decay of the averaged weights at each copy")
+    ema_every: int = setting(MISSING, "updates between two copies into the average")
+    precision: Precision = setting(  # noqa: RUF009 (a field, which ruff cannot see here)
+        "auto", "fp32, bf16, or auto: what this device is faster in"
+    )
     seed: int = setting(0, "decides the weights at the start, the order of the data and all noise")
     heldout: float = setting(0.02, "share of the data kept for evaluation where it names no split")
     workers: int = setting(1, "processes that read and prepare pictures; 0: the training process itself")
@@ -40,14 +49,22 @@ class Training:
     tensorboard: bool = setting(False, "also write TensorBoard files")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "log_every", "eval_every", "eval_pictures", "save_every", "keep"):
+        at_least_1 = (
+            "batch_size", "log_every", "eval_every", "eval_pictures", "save_every", "keep", "ema_every",
+        )  # fmt: skip
+        for name in at_least_1:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("steps", "micro_batch", "workers", "seed"):
+        for name in ("steps", "micro_batch", "workers", "seed", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
-        if not 0 <= self.heldout < 1:
-            raise ConfigError(f"heldout={self.heldout} must be at least 0 and below 1")
+        for name in ("heldout", "beta1", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        if self.lr <= 0:
+            raise ConfigError(f"lr={self.lr} must be above 0")
+        if self.clip is not None and self.clip <= 0:
+            raise ConfigError(f"clip={self.clip} must be above 0; clip=none sets no limit")
         if self.micro_batch and self.batch_size % self.micro_batch:
             raise ConfigError(
                 f"batch_size={self.batch_size} must be a multiple of micro_batch={self.micro_batch}"
@@ -125,8 +142,8 @@ def fit(task: Task, engine: Engine, loader: Loader, config: Training, folder: Pa
             return True
         log, clock = MetricsLog(folder, step, config.tensorboard), Stopwatch()
         window = Window(task.tokens_per_picture, clock)
-        batches = loader.batches(step * config.batch_size)
-        with Bar(task.label, config.steps, step, clock) as bar:
+        stream = closing(loader.batches(step * config.batch_size))
+        with stream as batches, Bar(task.label, config.steps, step, clock) as bar:
             stopping = False
             while step < config.steps and not stopping:
                 metrics = _update(task, engine, batches, config, step, window)
@@ -143,7 +160,6 @@ def fit(task: Task, engine: Engine, loader: Loader, config: Training, folder: Pa
                             log.write(step, task.evaluate(step))
                     if step % config.save_every == 0 or last or stopping:
                         _save(task, engine, config, folder, step)
-        batches.close()
     _name_skipped(loader)
     if step < config.steps:
         say(f"stopped after step {step:,} of {config.steps:,}, saved; the same command goes on from there")
@@ -196,9 +212,10 @@ def _resume(task: Task, engine: Engine, folder: Path) -> int:
 
 
 def _save(task: Task, engine: Engine, config: Training, folder: Path, step: int) -> None:
-    save_state(folder / "state", step, engine.tensors(), {"task": task.state()}, config.keep)
+    # The weights first: were the state there without them, a finished run would never write them again.
     with engine.averaged():
         task.publish()
+    save_state(folder / "state", step, engine.tensors(), {"task": task.state()}, config.keep)
 
 
 def _name_skipped(loader: Loader) -> None:

@@ -112,7 +112,10 @@ PRESETS: dict[str, tuple[DVAEConfig, DVAETraining]] = {
     ),
     # One GPU, hours.
     "small": (
-        DVAEConfig(image_size=128, vocab_size=1024, hidden=64, codebook_width=64, blocks_per_group=1, gain=0.5, codebook_std=1.0),
+        DVAEConfig(
+            image_size=128, vocab_size=1024, hidden=64, codebook_width=64, blocks_per_group=1,
+            gain=0.5, codebook_std=1.0,
+        ),
         DVAETraining(
             batch_size=64, steps=60_000, lr=1e-3, lr_end=1e-5, lr_steps=60_000, warmup=200, beta_steps=5_000,
             tau_steps=40_000, workers=4, eval_every=2_000, save_every=2_000,

@@ -6,6 +6,7 @@ Source: paper, App. A.1; openai/DALL-E, dall_e/encoder.py, decoder.py and utils.
 import math
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -127,14 +128,15 @@ class Decoder(nn.Module):
             )
         )
         if config.codebook_std is not None:
-            nn.init.normal_(self.blocks.input.w, std=config.codebook_std)
+            table: Any = self.blocks.input
+            nn.init.normal_(table.w, std=config.codebook_std)
 
     def forward(self, codes: Float[Tensor, "b v grid grid"]) -> Float[Tensor, "b 6 h w"]:
         return self.blocks(codes)
 
     def look_up(self, codes: Int[Tensor, "b grid grid"]) -> Float[Tensor, "b 6 h w"]:
         """The same for hard codes: a row of the first layer's table instead of a one-hot product."""
-        table = self.blocks.input
+        table: Any = self.blocks.input
         y = F.embedding(codes, table.w[:, :, 0, 0].t()) + table.b
         return self.blocks[1:](y.permute(0, 3, 1, 2).contiguous())
 
@@ -154,9 +156,12 @@ class DVAE(nn.Module):
 
         Raises:
             CheckpointError: there is none, it is damaged, or its parts do not fit.
+            ConfigError: its config.json describes another kind of model.
         """
         path = Path(folder)
-        config = from_json(DVAEConfig, read_json(path / "config.json")["model"], str(path / "config.json"))
+        config = from_json(
+            DVAEConfig, read_json(path / "config.json").get("model"), str(path / "config.json")
+        )
         with torch.device("meta"):
             model = cls(config)
         load_weights(path, model)
@@ -189,7 +194,7 @@ class DVAE(nn.Module):
         grid, vocab = self.config.grid, self.config.vocab_size
         if codes.shape[1:] != (grid, grid):
             raise ValueError(f"expected codes of shape (batch, {grid}, {grid}), got {tuple(codes.shape)}")
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < vocab):
+        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= vocab):
             raise ValueError(
                 f"expected codes from 0 to {vocab - 1}, got {int(codes.min())} to {int(codes.max())}"
             )

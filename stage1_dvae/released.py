@@ -19,7 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalle.checkpoint import FORMAT, save_weights, write_json
+from dalle.config import to_json
 from dalle.errors import CheckpointError
+from stage1_dvae.config import DVAEConfig
+from stage1_dvae.model import DVAE
 
 ENCODER, DECODER = "dall_e.encoder.Encoder", "dall_e.decoder.Decoder"
 
@@ -170,3 +174,36 @@ def _tensor(parameter: StandIn, storages: dict[str, bytearray]) -> Tensor:
     key, offset, size, stride, *_ = tensor.args
     flat = torch.frombuffer(storages[key], dtype=torch.float32)
     return flat.as_strided(size, stride, offset).clone(memory_format=torch.contiguous_format)
+
+
+def import_released(encoder: Path, decoder: Path, folder: Path) -> DVAEConfig:
+    """Write OpenAI's two pickles as a model folder; its configuration.
+
+    Raises:
+        CheckpointError: a file is not what it should be, or the folder holds a model already.
+    """
+    if (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} holds a model already: import into another --run")
+    halves = dict(zip(("encoder", "decoder"), read_released(encoder, decoder), strict=True))
+    weights = {f"{half}.{name}": w for half, tensors in halves.items() for name, w in tensors.items()}
+    config = _config(halves["encoder"], halves["decoder"])
+    with torch.device("meta"):
+        wanted = DVAE(config).state_dict()
+    if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in wanted.items()}:
+        raise CheckpointError(f"{encoder} and {decoder} do not hold the two halves of one released dVAE")
+    save_weights(folder, weights)
+    sections = {"preset": "imported", "data": None, "model": to_json(config)}
+    write_json(folder / "config.json", {"format": FORMAT, **sections})
+    return config
+
+
+def _config(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> DVAEConfig:
+    """The architecture that the shapes of the released tensors tell."""
+    blocks = {name.split(".")[2] for name in encoder if name.startswith("blocks.group_1.")}
+    vocab, hidden = encoder["blocks.output.conv.w"].shape[0], encoder["blocks.input.w"].shape[0]
+    return DVAEConfig(
+        vocab_size=vocab,
+        hidden=hidden,
+        codebook_width=decoder["blocks.input.w"].shape[0],
+        blocks_per_group=len(blocks),
+    )

@@ -1,0 +1,261 @@
+"""The commands. Torch is imported inside them, so that `--help` answers at once."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dalle import __version__
+from dalle.errors import DalleError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train a DALL·E of your own and draw with it: train-dvae, then train-prior, then sample.",
+)
+
+DEFAULT_RUN = Path("runs/default")
+
+Run = Annotated[Path, typer.Option("--run", help="Run folder: everything of one model.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="Where pictures with captions come from: scenes (built in), a folder of images with .txt captions, "
+        "a .jsonl/.csv/.tsv manifest, or WebDataset .tar shards. By default scenes, or what the run began with.",
+        show_default=False,
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        help="tiny (two CPU cores, minutes), small (one GPU, hours), base (one machine of GPUs) or paper. "
+        "By default the one that suits this machine.",
+        show_default=False,
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        "--steps", min=0, help="Updates in all; a new run's schedules scale with it.", show_default=False
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as --set lr=1e-3. Repeatable."),
+]
+ShowConfig = Annotated[
+    bool, typer.Option("--show-config", help="Print every setting with the paper's value, and stop.")
+]
+
+
+@app.command("train-dvae")
+def train_dvae(
+    data: Data = None,
+    run: Run = DEFAULT_RUN,
+    preset: Preset = None,
+    steps: Steps = None,
+    settings: Settings = None,
+    show_config: ShowConfig = False,
+) -> None:
+    """Stage 1: train the discrete VAE. The same command again goes on where it stopped."""
+    from dalle.runs import Options
+    from stage1_dvae.train import resolve, train
+
+    options = Options(run, data, preset, steps, tuple(settings or ()))
+    if show_config:
+        resolve(options).show()
+    elif not train(options):
+        raise typer.Exit(1)
+
+
+@app.command("train-prior")
+def train_prior(
+    data: Data = None,
+    run: Run = DEFAULT_RUN,
+    preset: Preset = None,
+    steps: Steps = None,
+    settings: Settings = None,
+    show_config: ShowConfig = False,
+) -> None:
+    """Stage 2: train the prior on the run's dVAE. The same command again goes on where it stopped."""
+    from dalle.checkpoint import read_json
+    from dalle.pipeline import fingerprint_of
+    from dalle.precision import best_device
+    from dalle.runs import Options
+    from stage1_dvae.model import DVAE
+    from stage2_prior.train import Codes, resolve, train
+
+    if not (run / "dvae" / "weights.safetensors").is_file():
+        raise DalleError(
+            f"{run} holds no trained dvae: run `dalle train-dvae --run {run}` first, or name another --run"
+        )
+    dvae = DVAE.load(run / "dvae", best_device())
+    began = read_json(run / "dvae" / "config.json")
+    codes = Codes(
+        dvae.config.image_size,
+        dvae.config.grid,
+        dvae.config.vocab_size,
+        dvae.encode,
+        dvae.decode,
+        fingerprint_of(run),
+    )
+    suits: dict[str, str] = {"preset": began.get("preset", "small"), "data": began.get("data", "scenes")}
+    options = Options(run, data, preset, steps, tuple(settings or ()))
+    if show_config:
+        resolve(options, codes, **suits).show()
+    elif not train(options, codes, **suits):
+        raise typer.Exit(1)
+
+
+@app.command()
+def sample(
+    prompts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PROMPT…", help="What to draw; - reads prompts from standard input, one a line."
+        ),
+    ],
+    run: Run = DEFAULT_RUN,
+    n: Annotated[int, typer.Option("-n", min=1, help="Pictures per prompt.")] = 1,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Decides the noise: the same seed draws the same pictures.")
+    ] = 0,
+    temperature: Annotated[
+        float, typer.Option(help="Below 1: likelier and less varied codes; 0: always the likeliest.")
+    ] = 1.0,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw only from the K likeliest codes.", show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Draw only from the likeliest codes that reach probability P.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures; by default R/samples.", show_default=False)
+    ] = None,
+) -> None:
+    """Draw pictures for prompts; prints the paths of the PNGs, and of one sheet of all where there are several."""
+    from dalle.console import Bar, say
+    from dalle.drawings import save_drawings
+    from dalle.pipeline import TextToImage
+    from stage2_prior.sample import Sampling
+
+    wanted = [p for given in prompts for p in (sys.stdin.read().splitlines() if given == "-" else [given])]
+    wanted = [p.strip() for p in wanted if p.strip()]
+    if not wanted:
+        raise DalleError('no prompt was given; say what to draw, such as: dalle sample "a red circle"')
+    sampling = Sampling(temperature, top_k, top_p)
+    model = TextToImage.load(run)
+    total = len(wanted) * n * model.prior.config.cells
+    with Bar("drawing", total, unit="tokens") as bar:
+        done = 0
+
+        def count(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            bar.show(done)
+
+        pictures = model(wanted, n, seed=seed, sampling=sampling, on_token=count)
+    captions = [prompt for prompt in wanted for _ in range(n)]
+    made = {"run": str(run), "seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    paths = save_drawings(out or run / "samples", pictures, captions, n, made)
+    say(f"drew {len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {bar.clock.seconds:.1f} s")
+    for path in paths:
+        typer.echo(path)
+
+
+@app.command()
+def reconstruct(
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE…", help="Pictures to pass through the dVAE and back.")
+    ],
+    run: Run = DEFAULT_RUN,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results; by default R/reconstructions.", show_default=False),
+    ] = None,
+) -> None:
+    """Pictures through the dVAE and back; prints the path of each pair, before and after."""
+    from dalle.drawings import save_reconstructions
+    from dalle.precision import best_device
+    from stage1_dvae.model import DVAE
+
+    model = DVAE.load(run / "dvae", best_device())
+    for path in save_reconstructions(out or run / "reconstructions", model, images):
+        typer.echo(path)
+
+
+@app.command("import-dvae")
+def import_dvae(
+    encoder: Annotated[Path, typer.Option(help="OpenAI's encoder.pkl.")],
+    decoder: Annotated[Path, typer.Option(help="OpenAI's decoder.pkl.")],
+    run: Run,
+) -> None:
+    """Take over OpenAI's released dVAE. Nothing in the two files is executed: only tensors are read."""
+    from dalle.console import say
+    from stage1_dvae.released import import_released
+
+    config = import_released(encoder, decoder, run / "dvae")
+    say(
+        f"imported into {run / 'dvae'}: {config.image_size}×{config.image_size} pixels ↔ {config.grid}×{config.grid} "
+        f"codes of {config.vocab_size:,}; next: dalle train-prior --run {run} --data …"
+    )
+
+
+@app.command()
+def info(
+    run: Annotated[Path, typer.Argument(help="Run folder.")] = DEFAULT_RUN,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """What a run folder holds: shapes, parameters, steps, data, the last metrics."""
+    from dalle.info import describe_run, facts_of_run
+
+    facts = facts_of_run(run)
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(facts, indent=2))
+    else:
+        typer.echo(describe_run(facts))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"dalle {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The console script: a caller's mistake is one line and exit status 2."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `dalle … | head` is no error
+    try:
+        app()
+    except DalleError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(1)
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            _fail(
+                "the device's memory is too small: use a smaller --set micro_batch=… or --set recompute=true"
+            )
+        raise
+
+
+def _fail(message: str) -> Any:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(2)

@@ -1,0 +1,79 @@
+"""What a run folder holds, in words and for machines."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from dalle.checkpoint import fingerprint, read_json, state_folders
+from dalle.errors import CheckpointError
+from dalle.metrics import read_metrics
+
+SHOWN = (
+    "loss",
+    "heldout_loss",
+    "heldout_psnr",
+    "heldout_codebook_usage",
+    "heldout_text_loss",
+    "heldout_image_loss",
+)
+
+
+def facts_of_run(run: Path) -> dict[str, Any]:
+    """Both stages of a run: configuration, parameters, steps, states and last metrics.
+
+    Raises:
+        CheckpointError: there is no run in that folder.
+    """
+    stages = {
+        stage: _facts(run / stage) for stage in ("dvae", "prior") if (run / stage / "config.json").is_file()
+    }
+    if not stages:
+        raise CheckpointError(
+            f"{run} is no run folder: it holds neither dvae/config.json nor prior/config.json"
+        )
+    return {"run": str(run), **stages}
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json")
+    weights = folder / "weights.safetensors"
+    latest: dict[str, Any] = {}
+    for line in read_metrics(folder):
+        latest |= line
+    facts = {
+        "preset": config.get("preset"),
+        "data": config.get("data"),
+        "model": config["model"],
+        "steps": latest.get("step", 0),
+        "of": config.get("training", {}).get("steps"),
+        "states": [path.name for path in state_folders(folder / "state")],
+        "metrics": {name: latest[name] for name in SHOWN if name in latest},
+    }
+    if weights.is_file():
+        with safe_open(weights, "pt") as file:
+            facts["parameters"] = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        facts["fingerprint"] = fingerprint(weights)
+    if "dvae" in config:
+        facts["trained_on_dvae"] = config["dvae"]
+    return facts
+
+
+def describe_run(facts: dict[str, Any]) -> str:
+    """The same in words."""
+    lines = [facts["run"]]
+    for stage in ("dvae", "prior"):
+        if stage not in facts:
+            lines.append(f"  {stage}: not there yet")
+            continue
+        f = facts[stage]
+        trained = f"{f['steps']:,} of {f['of']:,} steps on {f['data']}" if f["of"] else "imported"
+        lines.append(f"  {stage}: preset {f['preset']}, {f.get('parameters', 0):,} parameters, {trained}")
+        lines.append("    " + ", ".join(f"{k}={v}" for k, v in f["model"].items()))
+        if f["metrics"]:
+            lines.append("    " + ", ".join(f"{k} {v:.4g}" for k, v in f["metrics"].items() if v is not None))
+        lines.append(
+            f"    weights {f.get('fingerprint', 'none yet')}, to resume from: {', '.join(f['states']) or 'nothing'}"
+        )
+    return "\n".join(lines)

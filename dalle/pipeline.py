@@ -1,0 +1,150 @@
+"""From prompts to pictures: the tokenizer, the prior, and the dVAE on whose codes it was trained."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from PIL.Image import Image
+from torch import Tensor
+
+from dalle.checkpoint import fingerprint, read_json
+from dalle.errors import CheckpointError, DataError
+from dalle.pictures import to_images
+from dalle.precision import Precision, arithmetic, best_device, choose
+from dalle.text import Tokenizer, fit
+from stage1_dvae.model import DVAE
+from stage2_prior.model import Prior
+from stage2_prior.sample import Sampling, draw, noise
+
+AT_ONCE = 16  # pictures drawn side by side
+
+
+@dataclass(frozen=True)
+class TextToImage:
+    """A run, ready to draw.
+
+    model = TextToImage.load("runs/default")
+    pictures = model("a red circle", n=4, seed=0)
+    """
+
+    tokenizer: Tokenizer
+    prior: Prior
+    dvae: DVAE
+    precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        for what, ours, theirs in (
+            ("grid", self.prior.config.grid, self.dvae.config.grid),
+            ("codes", self.prior.config.image_vocab, self.dvae.config.vocab_size),
+            ("text tokens", self.prior.config.text_vocab, self.tokenizer.vocab_size),
+        ):
+            if ours != theirs:
+                raise CheckpointError(
+                    f"the parts do not fit: {what} is {ours} in the prior, {theirs} in its partner"
+                )
+
+    @classmethod
+    def load(
+        cls, run: Path | str, device: torch.device | str | None = None, precision: Precision = "auto"
+    ) -> "TextToImage":
+        """The model of the run folder `run`.
+
+        Args:
+            device: where to draw; by default CUDA where there is one.
+            precision: of the matrix products; by default what the device is faster in.
+
+        Raises:
+            CheckpointError: a stage is missing or damaged, or the prior was trained on another dVAE.
+        """
+        run, device = Path(run), torch.device(device) if device else best_device()
+        for stage, command in (("dvae", "train-dvae"), ("prior", "train-prior")):
+            if not (run / stage / "weights.safetensors").is_file():
+                raise CheckpointError(
+                    f"{run} holds no trained {stage}: run `dalle {command} --run {run}` first, or name another --run"
+                )
+        trained_on, present = read_json(run / "prior" / "config.json").get("dvae"), fingerprint_of(run)
+        if trained_on != present:
+            raise CheckpointError(
+                f"the prior in {run / 'prior'} was trained on the dVAE {trained_on}, but {run / 'dvae'} holds "
+                f"{present}: put that dVAE back, or train the prior anew in another --run"
+            )
+        return cls(
+            Tokenizer.load(run / "prior" / "tokenizer.json"),
+            Prior.load(run / "prior", device),
+            DVAE.load(run / "dvae", device),
+            choose(precision, device),
+        )
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        n: int = 1,
+        *,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[Image]:
+        """Draw `n` pictures for every prompt, in the order of the prompts.
+
+        The same (prompt, seed) gives the same pictures, whatever n is and whatever is drawn beside them.
+
+        Args:
+            seed: decides the noise.
+            sampling: temperature, top-k and top-p; by default the paper's, temperature 1.
+            on_token: called with the number of image tokens drawn since the last call.
+
+        Raises:
+            DataError: a prompt is empty, longer than the prior's text slots, or n is less than 1.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if n < 1:
+            raise DataError(f"n={n} pictures cannot be drawn; ask for at least 1")
+        together = max(1, AT_ONCE // n)  # prompts drawn side by side
+        codes = [
+            self._codes(part, seed, range(start, min(start + AT_ONCE, n)), sampling or Sampling(), on_token)
+            for part in self._tokens(prompts).split(together)
+            for start in range(0, n, AT_ONCE)
+        ]
+        with torch.inference_mode():
+            return [image for part in codes for image in to_images(self.dvae.decode(part))]
+
+    def _tokens(self, prompts: Sequence[str]) -> Int[Tensor, "p words"]:
+        words = self.prior.config.text_length - 1
+        rows = []
+        for prompt in prompts:
+            if not prompt.strip():
+                raise DataError("an empty prompt cannot be drawn; say what the picture should show")
+            row, was_cut = fit(self.tokenizer.encode(prompt.strip()), words)
+            if was_cut:
+                raise DataError(
+                    f"the prompt {prompt[:40]!r}… has more than {words} tokens, this model's limit; shorten it"
+                )
+            rows.append(row)
+        return torch.from_numpy(np.stack(rows))
+
+    def _codes(
+        self,
+        tokens: Int[Tensor, "p words"],
+        seed: int,
+        pictures: range,
+        sampling: Sampling,
+        on_token: Callable[[int], None] | None,
+    ) -> Int[Tensor, "b grid grid"]:
+        """The codes of these pictures of every prompt, prompt by prompt."""
+        config, device = self.prior.config, self.prior.start_of_text.device
+        uniform = noise(seed, pictures, config.cells).repeat(len(tokens), 1)
+        drawn = []
+        with arithmetic(choose(self.precision, device), device):
+            for codes in draw(self.prior, tokens.to(device), uniform, sampling):
+                drawn.append(codes)
+                if on_token is not None:
+                    on_token(len(uniform))
+        return torch.stack(drawn, 1).reshape(len(uniform), config.grid, config.grid)
+
+
+def fingerprint_of(run: Path) -> str:
+    """The fingerprint of the dVAE of a run; see `dalle.checkpoint.fingerprint`."""
+    return fingerprint(run / "dvae" / "weights.safetensors")

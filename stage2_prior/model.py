@@ -1,0 +1,162 @@
+"""The prior: one transformer over text tokens and image tokens.
+
+Slot 0 is the start of text, slots 1 … hold the caption, each slot without a token a padding token of its
+own. Image slot 0 is the start of the image, slot i holds code i−1. Every slot predicts what belongs to
+its own place: text slot i the i-th text token, image slot i the code of cell i.
+
+Source: paper, §2.2 and App. B.1.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dalle.checkpoint import load_weights, read_json
+from dalle.config import from_json
+from stage2_prior.attention import Attention, Cache
+from stage2_prior.config import PriorConfig
+from stage2_prior.masks import Kind, kinds
+
+SPREAD = 0.125  # variance of weights × fan-in, as in Sparse Transformers, which the paper follows
+
+
+class MLP(nn.Module):
+    """Linear to four times the width, x·sigmoid(1.702x), linear back."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Float[Tensor, "*b w"]) -> Float[Tensor, "*b w"]:
+        y = self.up(x)
+        return self.down(y * torch.sigmoid(1.702 * y))
+
+
+class Layer(nn.Module):
+    """An attention resblock and an MLP resblock, both normalised at their input."""
+
+    def __init__(self, config: PriorConfig, kind: Kind) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention = Attention(config, kind)
+        self.mlp_norm = nn.LayerNorm(config.width)
+        self.mlp = MLP(config.width)
+
+    def forward(self, x: Float[Tensor, "b t w"]) -> Float[Tensor, "b t w"]:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+    def prefill(self, x: Float[Tensor, "p text w"], pictures: int) -> tuple[Float[Tensor, "p text w"], Cache]:
+        """The same over the text alone, keeping keys and values."""
+        y, cache = self.attention.prefill(self.attention_norm(x), pictures)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+    def step(self, x: Float[Tensor, "b w"], cache: Cache, slot: int) -> Float[Tensor, "b w"]:
+        """The same for one image slot."""
+        x = x + self.attention.step(self.attention_norm(x), cache, slot)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Prior(nn.Module):
+    """The joint distribution of a caption's tokens and a picture's codes."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = False
+        width = config.width
+        self.start_of_text = nn.Parameter(torch.empty(width))
+        self.start_of_image = nn.Parameter(torch.empty(width))
+        self.text_tokens = nn.Embedding(config.text_vocab, width)
+        self.padding = nn.Embedding(config.text_length, width)  # one for every text slot (§2.2)
+        self.text_positions = nn.Embedding(config.text_length, width)
+        self.image_tokens = nn.Embedding(config.image_vocab, width)
+        self.rows = nn.Embedding(config.grid, width)
+        self.columns = nn.Embedding(config.grid, width)
+        self.layers = nn.ModuleList(Layer(config, kind) for kind in kinds(config.depth))
+        self.norm = nn.LayerNorm(width)
+        self.text_head = nn.Linear(width, config.text_vocab)
+        self.image_head = nn.Linear(width, config.image_vocab)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Sparse Transformers' initialisation; the paper does not give its own (docs/paper.md)."""
+        width, residual = self.config.width, 2 * self.config.depth
+        token_std = math.sqrt(SPREAD / width)
+        for table in (self.text_tokens, self.padding, self.image_tokens):
+            nn.init.normal_(table.weight, std=token_std)
+        for start in (self.start_of_text, self.start_of_image):
+            nn.init.normal_(start, std=token_std)
+        nn.init.normal_(self.text_positions.weight, std=token_std)
+        for table in (self.rows, self.columns):  # two of them are summed
+            nn.init.normal_(table.weight, std=token_std / math.sqrt(2))
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            for linear, share in (
+                (layer.attention.qkv, 1), (layer.attention.out, residual), (layer.mlp.up, 1), (layer.mlp.down, residual),
+            ):  # fmt: skip
+                nn.init.normal_(linear.weight, std=math.sqrt(SPREAD / linear.in_features / share))
+                nn.init.zeros_(linear.bias)
+        for head in (self.text_head, self.image_head):
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+
+    @classmethod
+    def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> "Prior":
+        """The model in `folder` (R/prior), ready to draw.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or its parts do not fit.
+        """
+        path = Path(folder)
+        config = from_json(PriorConfig, read_json(path / "config.json")["model"], str(path / "config.json"))
+        with torch.device("meta"):
+            model = cls(config)
+        load_weights(path, model)
+        return model.to(device).eval().requires_grad_(False)
+
+    def embed_text(self, tokens: Int[Tensor, "b words"]) -> Float[Tensor, "b text w"]:
+        """The text slots; `tokens` has one column less than there are slots, −1 where there is no token."""
+        words = torch.where(
+            (tokens >= 0)[..., None], self.text_tokens(tokens.clamp_min(0)), self.padding.weight[1:]
+        )
+        start = self.start_of_text.expand(len(tokens), 1, -1)
+        return torch.cat([start, words], 1) + self.text_positions.weight
+
+    def embed_image(self, codes: Int[Tensor, "b cells"]) -> Float[Tensor, "b cells w"]:
+        """The image slots: the start, then every code but the last, each at its slot's row and column."""
+        start = self.start_of_image.expand(len(codes), 1, -1)
+        places = (self.rows.weight[:, None] + self.columns.weight[None]).flatten(0, 1)
+        return torch.cat([start, self.image_tokens(codes[:, :-1])], 1) + places
+
+    def forward(
+        self, tokens: Int[Tensor, "b words"], codes: Int[Tensor, "b cells"]
+    ) -> tuple[Float[Tensor, "b text w"], Float[Tensor, "b cells w"]]:
+        """Final states of the text slots and of the image slots; the heads turn them into logits.
+
+        Raises:
+            ValueError: tokens or codes of another shape.
+        """
+        c = self.config
+        if tokens.shape[1:] != (c.text_length - 1,) or codes.shape[1:] != (c.cells,):
+            raise ValueError(
+                f"expected tokens (b, {c.text_length - 1}) and codes (b, {c.cells}), "
+                f"got {tuple(tokens.shape)} and {tuple(codes.shape)}"
+            )
+        x = torch.cat([self.embed_text(tokens), self.embed_image(codes)], 1)
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
+        x = self.norm(x)
+        return x[:, : c.text_length], x[:, c.text_length :]
+
+    def logits(self, head: nn.Linear, states: Float[Tensor, "*b w"]) -> Float[Tensor, "*b v"]:
+        """`head` of these states, in fp32 whatever the rest runs in (paper, App. D)."""
+        with torch.autocast(states.device.type, enabled=False):
+            return F.linear(states.float(), head.weight.float(), head.bias.float())

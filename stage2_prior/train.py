@@ -1,0 +1,291 @@
+"""Training the prior: what the loop is told, from top to bottom.
+
+The dVAE comes as two functions, `encode` and `decode`: this stage knows nothing else of the other.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dalle.checkpoint import save_weights
+from dalle.console import say, warn
+from dalle.data.augment import centre_crop, stage2_crop
+from dalle.data.loader import Loader
+from dalle.data.open import open_source
+from dalle.data.source import BadSample, Sample, Source
+from dalle.engine import Engine
+from dalle.errors import ConfigError
+from dalle.optim import AdamW, Average
+from dalle.pictures import contact_sheet, save_png, to_images, to_pixels
+from dalle.precision import best_device, choose
+from dalle.runs import Options, Plan, plan
+from dalle.schedules import Plateau, cosine, warmup
+from dalle.text import Tokenizer, fit as fit_text
+from dalle.training import fit
+from stage2_prior.config import PRESETS, PriorTraining
+from stage2_prior.loss import losses
+from stage2_prior.model import Prior
+from stage2_prior.sample import Sampling, draw, noise
+
+SHOWN = 8  # prompts drawn at every evaluation
+AT_ONCE = 32  # held-out pictures in one forward pass
+SCENE_PROMPTS = (
+    "a red circle", "a small blue star", "a large green triangle", "three yellow squares",
+    "a red circle left of a blue square", "a purple heart above a cyan diamond", "two orange crosses",
+    "a pink ring on a black background",
+)  # fmt: skip
+
+
+class Codes:
+    """The frozen dVAE as this stage sees it.
+
+    Args:
+        image_size: pixels per side.
+        grid: codes per side.
+        vocab_size: number of codes.
+        encode: pixels in [0, 1] `b 3 h w` → codes `b grid grid`.
+        decode: the inverse.
+        fingerprint: names the dVAE's weights.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        grid: int,
+        vocab_size: int,
+        encode: Callable[[Tensor], Tensor],
+        decode: Callable[[Tensor], Tensor],
+        fingerprint: str,
+    ) -> None:
+        self.image_size, self.grid, self.vocab_size = image_size, grid, vocab_size
+        self.encode, self.decode, self.fingerprint = encode, decode, fingerprint
+
+
+def resolve(options: Options, codes: Codes, *, preset: str, data: str) -> Plan:
+    """What `train` would do for these options, in a run whose dVAE gives `codes`.
+
+    Args:
+        preset: the one to start from where the options name none.
+        data: likewise.
+
+    Raises:
+        ConfigError: see `dalle.runs.plan`; also a dVAE other than the one this prior was begun on.
+    """
+    run = plan(options, "prior", PRESETS, default_preset=preset, default_data=data)
+    model = run.model
+    if run.resumed:
+        if (model.grid, model.image_vocab) != (codes.grid, codes.vocab_size):
+            raise ConfigError(
+                f"{run.folder} was begun on a dVAE of {model.grid}×{model.grid} codes of {model.image_vocab}, the one "
+                f"there now has {codes.grid}×{codes.grid} of {codes.vocab_size}: put it back, or use another --run"
+            )
+        return run
+    return replace(run, model=replace(model, grid=codes.grid, image_vocab=codes.vocab_size))
+
+
+def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
+    """Train the prior of a run, or continue it. True when all its steps are made.
+
+    Raises:
+        DalleError: settings, data or a run folder that cannot be used.
+    """
+    run = resolve(options, codes, preset=preset, data=data)
+    config: PriorTraining = run.training
+    device = best_device()
+    precision = choose(config.precision, device)
+
+    source = open_source(run.data, "train", codes.image_size, config.heldout)
+    unseen = open_source(run.data, "heldout", codes.image_size, config.heldout)
+    tokenizer = _tokenizer(run.folder / "tokenizer.json", source, config)
+    run = replace(run, model=replace(run.model, text_vocab=tokenizer.vocab_size))
+    words = run.model.text_length - 1
+    prepare = partial(
+        _prepare, tokenizer=tokenizer, size=codes.image_size, words=words, dropout=config.bpe_dropout
+    )
+    loader = Loader(
+        source, prepare, batch_size=config.batch_size // config.micro_batches, seed=config.seed,
+        workers=config.workers, min_side=codes.image_size,
+    )  # fmt: skip
+    centre = partial(_prepare_heldout, tokenizer=tokenizer, size=codes.image_size, words=words)
+    heldout = Loader(unseen, centre, batch_size=1, seed=config.seed, min_side=codes.image_size).first(
+        config.eval_pictures
+    )
+
+    torch.manual_seed(config.seed)
+    model = Prior(run.model).to(device)
+    model.recompute = config.recompute
+    optimizer = AdamW(
+        model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
+        variance_limit=config.variance_limit,
+    )  # fmt: skip
+    average = Average(model.parameters(), config.ema_decay, config.ema_every)
+    engine = Engine(model, optimizer, average, clip=config.clip, precision=precision)
+    say(
+        f"prior: {run.folder} · preset {run.preset} · {sum(p.numel() for p in model.parameters()):,} parameters · "
+        f"{run.model.text_length} text + {run.model.cells} image tokens · text vocabulary {tokenizer.vocab_size:,} · "
+        f"{len(source):,} pictures of {run.data} · {device.type} {precision}"
+    )
+    run.write(dvae=codes.fingerprint, tokenizer=tokenizer.fingerprint())
+    prompts = list(SCENE_PROMPTS) if run.data == "scenes" else _captions(unseen, SHOWN)
+    stage = Stage2(model, run, codes, tokenizer, tuple(t.to(device) for t in heldout), prompts)
+    done = fit(stage, engine, loader, config, run.folder)
+    if stage.cut:
+        warn(
+            f"{stage.cut:,} of {stage.seen:,} captions were cut to {words} tokens; --set text_length=… keeps more"
+        )
+    return done
+
+
+def _tokenizer(path: Path, source: Source, config: PriorTraining) -> Tokenizer:
+    if path.exists():
+        return Tokenizer.load(path)
+    say(f"prior: learning up to {config.bpe_vocab:,} text tokens from the captions")
+    tokenizer = Tokenizer.train(_some_captions(source, config.bpe_captions), config.bpe_vocab)
+    tokenizer.save(path)
+    return tokenizer
+
+
+def _some_captions(source: Source, most: int) -> Iterator[str]:
+    """All captions of evenly spread samples, at most about `most`."""
+    for index in range(0, len(source), max(1, len(source) // most)):
+        try:
+            yield from source.captions(index)
+        except BadSample:
+            continue
+
+
+def _captions(source: Source, n: int) -> list[str]:
+    """The first caption of `n` samples, evenly spread."""
+    found = []
+    for index in range(0, len(source), max(1, len(source) // n)):
+        try:
+            found.append(source.captions(index)[0])
+        except BadSample:
+            continue
+    return found[:n]
+
+
+def _prepare(
+    sample: Sample, rng: np.random.Generator, tokenizer: Tokenizer, size: int, words: int, dropout: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    pixels = stage2_crop(sample.image, size, rng)
+    caption = sample.captions[int(rng.integers(len(sample.captions)))]
+    tokens, was_cut = fit_text(tokenizer.encode(caption, dropout=dropout, rng=rng), words)
+    return torch.from_numpy(pixels), torch.from_numpy(tokens), torch.tensor(was_cut)
+
+
+def _prepare_heldout(
+    sample: Sample, _: np.random.Generator, tokenizer: Tokenizer, size: int, words: int
+) -> tuple[Tensor, Tensor]:
+    tokens, _cut = fit_text(tokenizer.encode(sample.captions[0]), words)
+    return torch.from_numpy(centre_crop(sample.image, size)), torch.from_numpy(tokens)
+
+
+class Stage2:
+    """What the loop asks of stage 2; see `dalle.training.Task`."""
+
+    label = "prior"
+
+    def __init__(
+        self,
+        model: Prior,
+        run: Plan,
+        codes: Codes,
+        tokenizer: Tokenizer,
+        heldout: tuple[Tensor, ...],
+        prompts: list[str],
+    ) -> None:
+        self.model, self.run, self.codes = model, run, codes
+        self.config: PriorTraining = run.training
+        self.tokens_per_picture = run.model.length
+        self.plateau = Plateau(self.config.patience)
+        self.cut = self.seen = 0  # captions cut to the text slots, and all captions, since the start
+        self.heldout_tokens = heldout[1]
+        self.heldout_codes = torch.cat([self.encode(part) for part in heldout[0].split(AT_ONCE)])
+        counts = torch.bincount(self.heldout_codes.flatten(), minlength=codes.vocab_size).double()
+        p = counts[counts > 0] / counts.sum()
+        self.unigram_entropy = float(-(p * p.log()).sum())
+        self.prompts = prompts
+        rows = [fit_text(tokenizer.encode(prompt), run.model.text_length - 1)[0] for prompt in prompts]
+        self.prompt_tokens = torch.from_numpy(np.stack(rows)).to(self.heldout_tokens.device)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """8-bit pixels to image tokens, `b cells`: the dVAE's most probable codes in raster order."""
+        return self.codes.encode(to_pixels(pixels)).flatten(1)
+
+    def lr(self, step: int) -> float:
+        """The step size."""
+        c = self.config
+        if c.lr_schedule == "plateau":
+            return warmup(step, c.warmup) * self.plateau.factor * c.lr
+        return warmup(step, c.warmup) * cosine(step, c.steps, c.lr, c.lr_end)
+
+    def loss(self, batch: tuple[Tensor, ...], step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted cross-entropy of one micro-batch."""
+        pixels, tokens, cut = batch
+        self.cut, self.seen = self.cut + int(cut.sum()), self.seen + len(cut)
+        text, image = losses(self.model, tokens, self.encode(pixels))
+        return self.weighted(text, image), self.metrics(text.detach(), image.detach())
+
+    def weighted(self, text: Tensor, image: Tensor) -> Tensor:
+        """An eighth of the text loss and seven of the image loss."""
+        return self.config.text_weight * text + (1 - self.config.text_weight) * image
+
+    def metrics(self, text: Tensor, image: Tensor) -> dict[str, Tensor]:
+        """Nats per token of both kinds, and what that makes for a whole picture."""
+        return {
+            "text_loss": text,
+            "image_loss": image,
+            "image_bits_per_picture": image * self.run.model.cells / math.log(2),
+        }
+
+    def after(self, loss: float) -> None:
+        """The plateau rule watches the training loss, once warm."""
+        self.plateau.observe(loss)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Held-out losses, and drawings of the fixed prompts in pictures/."""
+        sums: dict[str, float] = {}
+        for tokens, codes in zip(
+            self.heldout_tokens.split(AT_ONCE), self.heldout_codes.split(AT_ONCE), strict=True
+        ):
+            text, image = losses(self.model, tokens, codes)
+            for name, value in {"loss": self.weighted(text, image), **self.metrics(text, image)}.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(codes) / len(self.heldout_codes)
+        metrics = {f"heldout_{name}": value for name, value in sums.items()}
+        metrics["heldout_unigram_entropy"] = self.unigram_entropy
+        say(
+            f"prior: step {step:,} · held-out text {metrics['heldout_text_loss']:.3f}, image "
+            f"{metrics['heldout_image_loss']:.3f} nats/token (codes alone {self.unigram_entropy:.3f}) · "
+            f"{metrics['heldout_image_bits_per_picture']:,.0f} bits/picture"
+        )
+        save_png(self.run.folder / "pictures" / f"step-{step:08d}.png", self.drawings())
+        return metrics
+
+    def drawings(self) -> Any:
+        """One drawing of each fixed prompt, always with the same noise."""
+        cells = self.run.model.cells
+        uniform = noise(self.config.seed, range(len(self.prompts)), cells)
+        drawn = torch.stack(list(draw(self.model, self.prompt_tokens, uniform, Sampling())), 1)
+        pixels = self.codes.decode(drawn.reshape(-1, self.codes.grid, self.codes.grid))
+        return contact_sheet(to_images(pixels), self.prompts)
+
+    def publish(self) -> None:
+        """Write the averaged weights."""
+        save_weights(self.run.folder, self.model.state_dict())
+
+    def state(self) -> dict[str, Any]:
+        """What the plateau rule remembers."""
+        return {"plateau": vars(self.plateau)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self.plateau = Plateau(**state["plateau"])
