@@ -24,8 +24,8 @@ Data = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="Where pictures with captions come from: scenes (built in), a folder of images with .txt captions, "
-        "a .jsonl/.csv/.tsv manifest, or WebDataset .tar shards. By default scenes, or what the run began with.",
+        help="Pictures with captions: scenes (built in), a folder of images with .txt captions, a .jsonl, "
+        ".csv or .tsv manifest, or WebDataset .tar shards. By default scenes, or what the run began with.",
         show_default=False,
     ),
 ]
@@ -139,7 +139,7 @@ def sample(
         Path | None, typer.Option(help="Folder for the pictures; by default R/samples.", show_default=False)
     ] = None,
 ) -> None:
-    """Draw pictures for prompts; prints the paths of the PNGs, and of one sheet of all where there are several."""
+    """Draw pictures for prompts; prints the paths of the PNGs, and of a sheet of all if they are several."""
     from dalle.console import Bar, say
     from dalle.drawings import save_drawings
     from dalle.pipeline import TextToImage
@@ -201,9 +201,9 @@ def import_dvae(
     from stage1_dvae.released import import_released
 
     config = import_released(encoder, decoder, run / "dvae")
+    shape = f"{config.image_size}×{config.image_size} pixels ↔ {config.grid}×{config.grid} codes"
     say(
-        f"imported into {run / 'dvae'}: {config.image_size}×{config.image_size} pixels ↔ {config.grid}×{config.grid} "
-        f"codes of {config.vocab_size:,}; next: dalle train-prior --run {run} --data …"
+        f"imported into {run / 'dvae'}: {shape} of {config.vocab_size:,}; next: dalle train-prior --run {run}"
     )
 
 

@@ -57,7 +57,7 @@ def save_reconstructions(folder: Path, model: DVAE, images: Iterable[Path]) -> l
         DataError: a file is missing, is no picture, or is smaller than the model's pictures.
     """
     paths = []
-    device = model.encoder.blocks.input.w.device
+    device = next(model.parameters()).device
     for source in images:
         try:
             cropped = centre_crop(decode(source, str(source)), model.config.image_size)

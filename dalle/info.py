@@ -53,7 +53,8 @@ def _facts(folder: Path) -> dict[str, Any]:
     }
     if weights.is_file():
         with safe_open(weights, "pt") as file:
-            facts["parameters"] = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+            names = file.keys()
+            facts["parameters"] = sum(math.prod(file.get_slice(name).get_shape()) for name in names)
         facts["fingerprint"] = fingerprint(weights)
     if "dvae" in config:
         facts["trained_on_dvae"] = config["dvae"]
@@ -73,7 +74,6 @@ def describe_run(facts: dict[str, Any]) -> str:
         lines.append("    " + ", ".join(f"{k}={v}" for k, v in f["model"].items()))
         if f["metrics"]:
             lines.append("    " + ", ".join(f"{k} {v:.4g}" for k, v in f["metrics"].items() if v is not None))
-        lines.append(
-            f"    weights {f.get('fingerprint', 'none yet')}, to resume from: {', '.join(f['states']) or 'nothing'}"
-        )
+        states = ", ".join(f["states"]) or "nothing"
+        lines.append(f"    weights {f.get('fingerprint', 'none')}, to resume from: {states}")
     return "\n".join(lines)

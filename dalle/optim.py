@@ -71,6 +71,11 @@ class AdamW(torch.optim.AdamW):
                     }
 
 
+def parameter_count(model: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(p.numel() for p in model.parameters())
+
+
 class Average:
     """Exponential moving average of parameters, fp32.
 

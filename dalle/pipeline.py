@@ -63,12 +63,12 @@ class TextToImage:
         for stage, command in (("dvae", "train-dvae"), ("prior", "train-prior")):
             if not (run / stage / "weights.safetensors").is_file():
                 raise CheckpointError(
-                    f"{run} holds no trained {stage}: run `dalle {command} --run {run}` first, or name another --run"
+                    f"{run} holds no trained {stage}: `dalle {command} --run {run}` trains one; or name another --run"
                 )
         trained_on, present = read_json(run / "prior" / "config.json").get("dvae"), fingerprint_of(run)
         if trained_on != present:
             raise CheckpointError(
-                f"the prior in {run / 'prior'} was trained on the dVAE {trained_on}, but {run / 'dvae'} holds "
+                f"the prior in {run / 'prior'} was trained on the dVAE {trained_on}, but {run / 'dvae'} is "
                 f"{present}: put that dVAE back, or train the prior anew in another --run"
             )
         return cls(
@@ -120,7 +120,7 @@ class TextToImage:
             row, was_cut = fit(self.tokenizer.encode(prompt.strip()), words)
             if was_cut:
                 raise DataError(
-                    f"the prompt {prompt[:40]!r}… has more than {words} tokens, this model's limit; shorten it"
+                    f"the prompt {prompt[:40]!r}… has over {words} tokens, this model's limit; shorten it"
                 )
             rows.append(row)
         return torch.from_numpy(np.stack(rows))

@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from dalle.checkpoint import unwritable
 from dalle.console import say
 from dalle.errors import CheckpointError
 
@@ -28,7 +27,9 @@ def only_process(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a")
     except OSError as error:
-        raise unwritable(folder, error) from error
+        raise CheckpointError(
+            f"cannot write in {folder}: {error.strerror}; permit it or use another --run"
+        ) from error
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -30,8 +30,13 @@ class DVAEConfig:
     codebook_std: float | None = setting(
         None, "spread of the codebook at the start; none: 1/√vocab_size", paper="1/√8192 (released code)"
     )
+    min_scale: float = setting(
+        0.0, "added to every pixel's scale b, so that flat areas cannot outweigh all else", paper="0"
+    )
 
     def __post_init__(self) -> None:
+        if self.min_scale < 0:
+            raise ConfigError(f"min_scale={self.min_scale} must not be negative")
         for name in ("image_size", "vocab_size", "hidden", "codebook_width", "groups", "blocks_per_group"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")

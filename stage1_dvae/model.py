@@ -116,6 +116,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
+        self.min_scale = config.min_scale
         widths = [config.hidden * 2**g for g in reversed(range(config.groups))]
         upsample = nn.Upsample(scale_factor=2, mode="nearest")
         self.blocks = nn.Sequential(
@@ -132,13 +133,21 @@ class Decoder(nn.Module):
             nn.init.normal_(table.w, std=config.codebook_std)
 
     def forward(self, codes: Float[Tensor, "b v grid grid"]) -> Float[Tensor, "b 6 h w"]:
-        return self.blocks(codes)
+        return self._with_floor(self.blocks(codes))
 
     def look_up(self, codes: Int[Tensor, "b grid grid"]) -> Float[Tensor, "b 6 h w"]:
         """The same for hard codes: a row of the first layer's table instead of a one-hot product."""
         table: Any = self.blocks.input
         y = F.embedding(codes, table.w[:, :, 0, 0].t()) + table.b
-        return self.blocks[1:](y.permute(0, 3, 1, 2).contiguous())
+        return self._with_floor(self.blocks[1:](y.permute(0, 3, 1, 2).contiguous()))
+
+    def _with_floor(self, parameters: Float[Tensor, "b 6 h w"]) -> Float[Tensor, "b 6 h w"]:
+        """Add `min_scale` to b; the released model has none."""
+        if not self.min_scale:
+            return parameters
+        mu, ln_b = parameters.float().chunk(2, 1)
+        floor = torch.full_like(ln_b, math.log(self.min_scale))
+        return torch.cat([mu, torch.logaddexp(ln_b, floor)], 1)
 
 
 class DVAE(nn.Module):

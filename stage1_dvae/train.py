@@ -14,7 +14,7 @@ from dalle.data.loader import Loader
 from dalle.data.open import open_source
 from dalle.data.source import Sample
 from dalle.engine import Engine
-from dalle.optim import AdamW, Average
+from dalle.optim import AdamW, Average, parameter_count
 from dalle.pictures import grid, save_png, to_images, to_pixels
 from dalle.precision import best_device, choose
 from dalle.runs import Options, Plan, plan
@@ -56,17 +56,19 @@ def train(options: Options) -> bool:
         workers=config.workers, min_side=size,
     )  # fmt: skip
     unseen = open_source(run.data, "heldout", size, config.heldout)
-    (heldout,) = Loader(
-        unseen, partial(_centre, size=size), batch_size=1, seed=config.seed, min_side=size
-    ).first(config.eval_pictures)
+    centre = partial(_centre, size=size)
+    (heldout,) = Loader(unseen, centre, batch_size=1, seed=config.seed, min_side=size).first(
+        config.eval_pictures
+    )
 
     torch.manual_seed(config.seed)
-    model = DVAE(run.model).to(device, memory_format=torch.channels_last)
+    model = DVAE(run.model).to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # faster everywhere
     optimizer = AdamW(model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
     average = Average(model.parameters(), config.ema_decay, config.ema_every)
     engine = Engine(model, optimizer, average, clip=config.clip, precision=precision)
     say(
-        f"dVAE: {run.folder} · preset {run.preset} · {sum(p.numel() for p in model.parameters()):,} parameters · "
+        f"dVAE: {run.folder} · preset {run.preset} · {parameter_count(model):,} parameters · "
         f"{size}×{size} pixels ↔ {run.model.grid}×{run.model.grid} codes of {run.model.vocab_size:,} · "
         f"{len(source):,} pictures of {run.data} · {device.type} {precision}"
     )
@@ -146,15 +148,10 @@ class Stage1:
                 save_png(self.run.folder / "pictures" / f"step-{step:08d}.png", grid(rows))
         metrics = {f"heldout_{name}": value for name, value in {**sums, **window.metrics()}.items()}
         say(
-            "dVAE: step {:,} · held-out {:.3f} bits/dim · PSNR {:.1f} dB hard, {:.1f} relaxed · codes in use {:.0%}, "
-            "perplexity {:.0f}".format(
-                step,
-                metrics["heldout_bits_per_dim"],
-                metrics["heldout_psnr"],
-                metrics["heldout_relaxed_psnr"],
-                metrics["heldout_codebook_usage"],
-                metrics["heldout_codebook_perplexity"],
-            )  # fmt: skip
+            f"dVAE: step {step:,} · held-out {metrics['heldout_bits_per_dim']:.3f} bits/dim · "
+            f"PSNR {metrics['heldout_psnr']:.1f} dB hard, {metrics['heldout_relaxed_psnr']:.1f} relaxed · "
+            f"codes in use {metrics['heldout_codebook_usage']:.0%}, "
+            f"perplexity {metrics['heldout_codebook_perplexity']:.0f}"
         )
         self._warn_of_collapse()
         return metrics
@@ -164,9 +161,8 @@ class Stage1:
         self.alarms = self.alarms + 1 if self.window.full and usage < ALARM else 0
         if self.alarms >= 2:
             warn(
-                f"only {usage:.1%} of the codes have been in use since the last evaluation: the codebook is dying; "
-                "start anew with a larger --set beta_start=… or --set usage_weight=2, a smaller step size, "
-                "or a smaller --set vocab_size=…"
+                f"only {usage:.1%} of the codes were in use lately: the codebook is dying; start anew with "
+                "a larger --set beta_start=… or --set usage_weight=2, a smaller step size, or a smaller vocab_size"
             )
 
     def publish(self) -> None:

@@ -23,7 +23,7 @@ Kind = Literal["row", "column", "conv"]
 
 
 def kinds(depth: int) -> list[Kind]:
-    """The mask of every layer: the last is conv; before it, layer i (from 1) is column where (i−2) mod 4 = 0."""
+    """The mask of every layer: the last is conv; before it layer i is column where (i−2) mod 4 = 0."""
     return [
         "conv" if layer == depth else "column" if (layer - 2) % 4 == 0 else "row"
         for layer in range(1, depth + 1)

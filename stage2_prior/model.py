@@ -99,9 +99,9 @@ class Prior(nn.Module):
             nn.init.normal_(table.weight, std=token_std / math.sqrt(2))
         for layer in self.layers:
             assert isinstance(layer, Layer)
-            for linear, share in (
-                (layer.attention.qkv, 1), (layer.attention.out, residual), (layer.mlp.up, 1), (layer.mlp.down, residual),
-            ):  # fmt: skip
+            inner = ((layer.attention.qkv, 1), (layer.mlp.up, 1))
+            outer = ((layer.attention.out, residual), (layer.mlp.down, residual))
+            for linear, share in (*inner, *outer):
                 nn.init.normal_(linear.weight, std=math.sqrt(SPREAD / linear.in_features / share))
                 nn.init.zeros_(linear.bias)
         for head in (self.text_head, self.image_head):
@@ -155,6 +155,27 @@ class Prior(nn.Module):
             x = checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
         x = self.norm(x)
         return x[:, : c.text_length], x[:, c.text_length :]
+
+    def prefill(self, tokens: Int[Tensor, "p words"], pictures: int) -> list[Cache]:
+        """Pass p prompts through all layers; one cache a layer, with room for `pictures` pictures of each."""
+        x, caches = self.embed_text(tokens), []
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            x, cache = layer.prefill(x, pictures)
+            caches.append(cache)
+        return caches
+
+    def step(self, codes: Int[Tensor, " b"] | None, caches: list[Cache], slot: int) -> Float[Tensor, "b v"]:
+        """Logits of image slot `slot`, given the codes of the cell before it (None for the first)."""
+        places = self.rows.weight[slot // self.config.grid] + self.columns.weight[slot % self.config.grid]
+        if codes is None:
+            x = (self.start_of_image + places).expand(len(caches[0].keys), -1)
+        else:
+            x = self.image_tokens(codes) + places
+        for layer, cache in zip(self.layers, caches, strict=True):
+            assert isinstance(layer, Layer)
+            x = layer.step(x, cache, slot)
+        return self.logits(self.image_head, self.norm(x))
 
     def logits(self, head: nn.Linear, states: Float[Tensor, "*b w"]) -> Float[Tensor, "*b v"]:
         """`head` of these states, in fp32 whatever the rest runs in (paper, App. D)."""

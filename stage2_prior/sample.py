@@ -1,4 +1,4 @@
-"""Drawing: one code after another, each from its distribution given the text and the codes before."""
+"""Drawing: one code after another, each given the text and the codes before."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ def draw(
     uniform: Float[Tensor, "b cells"],
     how: Sampling,
 ) -> Iterator[Int[Tensor, " b"]]:
-    """Draw b = p·n pictures, n of each prompt in turn; yields the codes of one cell at a time, in raster order.
+    """Draw b = p·n pictures, n of each prompt in turn; yields the codes cell by cell, in raster order.
 
     Args:
         tokens: one row a prompt, −1 where there is no token.
@@ -74,21 +74,11 @@ def draw(
     Raises:
         ConfigError: the logits are not finite: the model's weights are broken.
     """
-    x, caches = model.embed_text(tokens), []
-    for layer in model.layers:
-        x, cache = layer.prefill(x, len(uniform) // len(tokens))
-        caches.append(cache)
-    grid = model.config.grid
-    content = model.start_of_image.expand(len(uniform), -1)
+    caches = model.prefill(tokens, pictures=len(uniform) // len(tokens))
+    codes = None
     for slot in range(model.config.cells):
-        x = content + model.rows.weight[slot // grid] + model.columns.weight[slot % grid]
-        for layer, cache in zip(model.layers, caches, strict=True):
-            x = layer.step(x, cache, slot)
-        logits = model.logits(model.image_head, model.norm(x))
+        logits = model.step(codes, caches, slot)
         if not logits.isfinite().all():
-            raise ConfigError(
-                f"the prior gave logits that are not finite at cell {slot}: its weights are broken"
-            )
+            raise ConfigError(f"the prior's logits are not finite at cell {slot}: its weights are broken")
         codes = choose(logits, uniform[:, slot].to(logits.device), how)
         yield codes
-        content = model.image_tokens(codes)

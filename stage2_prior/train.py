@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
-from dalle.checkpoint import save_weights
+from dalle.checkpoint import read_json, save_weights
 from dalle.console import say, warn
 from dalle.data.augment import centre_crop, stage2_crop
 from dalle.data.loader import Loader
@@ -22,12 +23,13 @@ from dalle.data.open import open_source
 from dalle.data.source import BadSample, Sample, Source
 from dalle.engine import Engine
 from dalle.errors import ConfigError
-from dalle.optim import AdamW, Average
+from dalle.optim import AdamW, Average, parameter_count
 from dalle.pictures import contact_sheet, save_png, to_images, to_pixels
 from dalle.precision import best_device, choose
 from dalle.runs import Options, Plan, plan
 from dalle.schedules import Plateau, cosine, warmup
-from dalle.text import Tokenizer, fit as fit_text
+from dalle.text import Tokenizer
+from dalle.text import fit as fit_text
 from dalle.training import fit
 from stage2_prior.config import PRESETS, PriorTraining
 from stage2_prior.loss import losses
@@ -81,10 +83,11 @@ def resolve(options: Options, codes: Codes, *, preset: str, data: str) -> Plan:
     run = plan(options, "prior", PRESETS, default_preset=preset, default_data=data)
     model = run.model
     if run.resumed:
-        if (model.grid, model.image_vocab) != (codes.grid, codes.vocab_size):
+        begun_on = read_json(run.folder / "config.json")["dvae"]
+        if begun_on != codes.fingerprint:
             raise ConfigError(
-                f"{run.folder} was begun on a dVAE of {model.grid}×{model.grid} codes of {model.image_vocab}, the one "
-                f"there now has {codes.grid}×{codes.grid} of {codes.vocab_size}: put it back, or use another --run"
+                f"{run.folder} was begun on the dVAE {begun_on}, the one there now is {codes.fingerprint}: "
+                "put that one back, or use another --run"
             )
         return run
     return replace(run, model=replace(model, grid=codes.grid, image_vocab=codes.vocab_size))
@@ -103,7 +106,7 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
 
     source = open_source(run.data, "train", codes.image_size, config.heldout)
     unseen = open_source(run.data, "heldout", codes.image_size, config.heldout)
-    tokenizer = _tokenizer(run.folder / "tokenizer.json", source, config)
+    tokenizer = _tokenizer(run.folder / "tokenizer.json", source, config, run.resumed)
     run = replace(run, model=replace(run.model, text_vocab=tokenizer.vocab_size))
     words = run.model.text_length - 1
     prepare = partial(
@@ -128,23 +131,21 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
     average = Average(model.parameters(), config.ema_decay, config.ema_every)
     engine = Engine(model, optimizer, average, clip=config.clip, precision=precision)
     say(
-        f"prior: {run.folder} · preset {run.preset} · {sum(p.numel() for p in model.parameters()):,} parameters · "
-        f"{run.model.text_length} text + {run.model.cells} image tokens · text vocabulary {tokenizer.vocab_size:,} · "
-        f"{len(source):,} pictures of {run.data} · {device.type} {precision}"
+        f"prior: {run.folder} · preset {run.preset} · {parameter_count(model):,} parameters · "
+        f"{run.model.text_length} text + {run.model.cells} image tokens of {tokenizer.vocab_size:,} and "
+        f"{run.model.image_vocab:,} · {len(source):,} pictures of {run.data} · {device.type} {precision}"
     )
     run.write(dvae=codes.fingerprint, tokenizer=tokenizer.fingerprint())
     prompts = list(SCENE_PROMPTS) if run.data == "scenes" else _captions(unseen, SHOWN)
     stage = Stage2(model, run, codes, tokenizer, tuple(t.to(device) for t in heldout), prompts)
     done = fit(stage, engine, loader, config, run.folder)
     if stage.cut:
-        warn(
-            f"{stage.cut:,} of {stage.seen:,} captions were cut to {words} tokens; --set text_length=… keeps more"
-        )
+        warn(f"{stage.cut:,} of {stage.seen:,} captions were cut to {words} tokens: raise text_length")
     return done
 
 
-def _tokenizer(path: Path, source: Source, config: PriorTraining) -> Tokenizer:
-    if path.exists():
+def _tokenizer(path: Path, source: Source, config: PriorTraining, resumed: bool) -> Tokenizer:
+    if path.exists() or resumed:
         return Tokenizer.load(path)
     say(f"prior: learning up to {config.bpe_vocab:,} text tokens from the captions")
     tokenizer = Tokenizer.train(_some_captions(source, config.bpe_captions), config.bpe_vocab)
@@ -270,7 +271,7 @@ class Stage2:
         save_png(self.run.folder / "pictures" / f"step-{step:08d}.png", self.drawings())
         return metrics
 
-    def drawings(self) -> Any:
+    def drawings(self) -> Image:
         """One drawing of each fixed prompt, always with the same noise."""
         cells = self.run.model.cells
         uniform = noise(self.config.seed, range(len(self.prompts)), cells)

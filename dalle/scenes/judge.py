@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import permutations, product
+from itertools import product
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 from dalle.scenes.draw import draw
-from dalle.scenes.facts import SHAPES, Background, Facts, Object, Scene, Shape
+from dalle.scenes.facts import SHAPES, Background, Object, Scene
 from dalle.scenes.regions import Region, fill, find_regions
 
 LEAST_FIT = 0.7
@@ -30,7 +30,7 @@ class Reading:
     objects: tuple[Finding, ...]
 
 
-BLURS=(0,0.12,0.2)
+BLURS = (0, 0.12, 0.2)
 REACH = 1.75
 CELLS = 40
 SCALES = (0.93, 1.0, 1.07)
@@ -67,6 +67,7 @@ def _blur(cover, sigma):
     kernel /= kernel.sum(1, keepdims=True)
     return kernel @ cover @ kernel.T
 
+
 @cache
 def _bank():
     side, radius = 128, 0.4
@@ -81,7 +82,9 @@ def _bank():
             x, y, r = _frame(soft)
             for s, (dx, dy) in product(SCALES, SHIFTS):
                 bank.append(_sample(soft, x + r * (_GRID - dx) / s, y + r * (_GRID - dy) / s) > 0.5)
-                meta.append((shape, dx + s * (side / 2 - x) / r, dy + s * (side / 2 - y) / r, s * radius * side / r))
+                meta.append(
+                    (shape, dx + s * (side / 2 - x) / r, dy + s * (side / 2 - y) / r, s * radius * side / r)
+                )
     flat = np.array(bank, dtype=np.float32).reshape(len(bank), -1)
     return flat, flat.sum(1), meta
 

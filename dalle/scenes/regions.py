@@ -63,7 +63,9 @@ def find_regions(picture: Image.Image) -> tuple[Background | None, tuple[Region,
         on_top = [grow(areas[j]) for j in kept if i in within[j]]
         paint = colours[i] - 1
         stray = float(np.linalg.norm(means[i] - _PAINTS[paint]))
-        regions.append(Region(_COLOURS[paint], stray, cover, np.logical_or.reduce(on_top) if on_top else None))
+        regions.append(
+            Region(_COLOURS[paint], stray, cover, np.logical_or.reduce(on_top) if on_top else None)
+        )
     return background, tuple(regions)
 
 
