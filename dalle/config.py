@@ -83,7 +83,7 @@ def to_json(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_json(kind: type[C], values: Mapping[str, Any] | None, where: str) -> C:
+def from_json(kind: type[C], values: object, where: str) -> C:
     """Rebuild a config written by `to_json`; `where` names the file in messages.
 
     Raises:

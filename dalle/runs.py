@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from dalle.checkpoint import FORMAT, read_json, write_json
 from dalle.config import describe, from_json, override, to_json
-from dalle.console import console
 from dalle.errors import ConfigError
 from dalle.training import CHANGEABLE, Training
 
@@ -52,7 +52,7 @@ class Plan:
         table = Table("setting", "value", "meaning", "paper", title=f"preset {self.preset}, data {self.data}")
         for row in describe({"model": self.model, "training": self.training}):
             table.add_row(*map(Text, row))
-        console.print(table)
+        Console().print(table)
 
 
 def plan(

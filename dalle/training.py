@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -84,6 +84,7 @@ CHANGEABLE = {
 }  # fmt: skip
 
 
+@runtime_checkable
 class Task(Protocol):
     """What a stage tells the loop. `step` counts the updates made before."""
 

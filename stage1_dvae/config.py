@@ -88,6 +88,9 @@ class DVAETraining(Training):
     usage_weight: float = setting(
         0.0, "weight, per position as beta's, of pulling the mean posterior to uniform", paper="no such term"
     )
+    logit_std: float | None = setting(
+        None, "spread of every code's logit over real pictures at the start; none: as drawn", paper="no such step"
+    )
     beta1: float = setting(0.9, "AdamW's decay of the mean", paper="0.9")
     beta2: float = setting(0.999, "AdamW's decay of the variance", paper="0.999")
     weight_decay: float = setting(1e-4, "AdamW's weight decay", paper="1e-4")

@@ -136,10 +136,13 @@ class Decoder(nn.Module):
         return self._with_floor(self.blocks(codes))
 
     def look_up(self, codes: Int[Tensor, "b grid grid"]) -> Float[Tensor, "b 6 h w"]:
-        """The same for hard codes: a row of the first layer's table instead of a one-hot product."""
+        """The same for hard codes: a row of the first layer's table instead of a one-hot product.
+
+        The channels stay last in memory, as in a one-hot tensor: the same bits, and faster on CPUs.
+        """
         table: Any = self.blocks.input
         y = F.embedding(codes, table.w[:, :, 0, 0].t()) + table.b
-        return self._with_floor(self.blocks[1:](y.permute(0, 3, 1, 2).contiguous()))
+        return self._with_floor(self.blocks[1:](y.permute(0, 3, 1, 2)))
 
     def _with_floor(self, parameters: Float[Tensor, "b 6 h w"]) -> Float[Tensor, "b 6 h w"]:
         """Add `min_scale` to b; the released model has none."""

@@ -25,6 +25,7 @@ from stage1_dvae.config import PRESETS, DVAETraining
 from stage1_dvae.likelihood import log_density, map_pixels, reconstruction
 from stage1_dvae.loss import elbo
 from stage1_dvae.model import DVAE
+from stage1_dvae.start import spread_logits
 
 EVALUATION = 1 << 40  # keys the noise of evaluations apart from that of any step
 SHOWN = 8  # pictures in the grid of an evaluation
@@ -64,6 +65,8 @@ def train(options: Options) -> bool:
     torch.manual_seed(config.seed)
     model = DVAE(run.model).to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # faster everywhere
+    if config.logit_std is not None:
+        spread_logits(model, to_pixels(heldout[:64].to(device)), config.logit_std)
     optimizer = AdamW(model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
     average = Average(model.parameters(), config.ema_decay, config.ema_every)
     engine = Engine(model, optimizer, average, clip=config.clip, precision=precision)
@@ -148,7 +151,9 @@ class Stage1:
                 save_png(self.run.folder / "pictures" / f"step-{step:08d}.png", grid(rows))
         metrics = {f"heldout_{name}": value for name, value in {**sums, **window.metrics()}.items()}
         say(
-            f"dVAE: step {step:,} · held-out {metrics['heldout_bits_per_dim']:.3f} bits/dim · "
+            f"dVAE: step {step:,} · held-out {metrics['heldout_bits_per_dim']:.3f} bits/dim "
+            f"(reconstruction {metrics['heldout_reconstruction_nats']:,.0f} nats, "
+            f"KL {metrics['heldout_kl_nats']:,.0f}) · "
             f"PSNR {metrics['heldout_psnr']:.1f} dB hard, {metrics['heldout_relaxed_psnr']:.1f} relaxed · "
             f"codes in use {metrics['heldout_codebook_usage']:.0%}, "
             f"perplexity {metrics['heldout_codebook_perplexity']:.0f}"

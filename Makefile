@@ -1,0 +1,49 @@
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+DEMO   := runs/demo
+
+help:  ## show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## train both stages on the built-in scenes and draw; the same command goes on after a stop
+	$(BIN)/dalle train-dvae --run $(DEMO) --preset tiny
+	$(BIN)/dalle train-prior --run $(DEMO)
+	@echo "Drawing; the last path is the sheet with all pictures:"
+	$(BIN)/dalle sample --run $(DEMO) -n 4 \
+	  "a red circle" "a small blue star on a white background" \
+	  "a red circle left of a blue square" "three yellow squares"
+
+test: $(READY)  ## every test that this machine can run
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(READY)  ## format, lint and types, without changing a file
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test  ## what CI runs, and what to run before every commit
+
+format: $(READY)  ## rewrite the code in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: $(READY)  ## make the virtual environment .venv with the package and its development tools
+
+# DALL_E is the package of the released dVAE, for tests/parity; its torchvision is not needed there.
+$(READY): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or later is needed; name one: make PYTHON=python3.12 install" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps DALL_E==0.1
+	@touch $@
+
+clean:  ## remove .venv, caches and build files; runs stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help demo test lint check format install clean

@@ -1,0 +1,54 @@
+"""What a person sees while a command runs."""
+
+import pytest
+
+from dalle.console import Bar, Stopwatch, duration, say, warn
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.2, "0 s"),
+        (40.0, "40 s"),
+        (98.0, "98 s"),
+        (120.0, "2 min"),
+        (5_400.0, "90 min"),
+        (11_100.0, "3 h 05 min"),
+        (2 * 86_400 + 4 * 3_600.0, "2 d 4 h"),
+    ],
+)
+def test_durations_are_in_the_words_one_would_use(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_lines_go_to_standard_error_unwrapped_and_as_they_are(capsys):
+    text = "[bold]brackets[/bold] " + "long " * 100 + "end"
+    say(text)
+    warn(text)
+    assert capsys.readouterr() == ("", f"{text}\nwarning: {text}\n")
+
+
+class Clock(Stopwatch):
+    seconds = 0.0
+
+
+def test_without_a_terminal_lines_come_now_and_then_and_at_the_end(capsys):
+    clock = Clock()
+    with Bar("dVAE", 1_000, start=100, clock=clock, unit="steps", every=15.0) as bar:
+        for done in range(101, 1_001):
+            clock.seconds += 0.05
+            bar.show(done, {"loss": "0.5"})
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" · ")[0] for line in lines] == ["dVAE 400/1,000", "dVAE 700/1,000", "dVAE 1,000/1,000"]
+    assert lines[0] == "dVAE 400/1,000 · 20 steps/s · 30 s left · loss 0.5"
+
+
+def test_pauses_are_not_counted(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("dalle.console.time.monotonic", lambda: now[0])
+    clock = Stopwatch()
+    now[0] = 3.0
+    with clock.paused():
+        now[0] = 10.0
+    now[0] = 11.0
+    assert clock.seconds == 4.0

@@ -1,0 +1,175 @@
+"""The evidence lower bound, its parts and their weights."""
+
+import math
+
+import pytest
+import torch
+
+from stage1_dvae import loss as module
+from stage1_dvae.config import DVAEConfig
+from stage1_dvae.likelihood import log_density, map_pixels
+from stage1_dvae.loss import Elbo, elbo, kl_to_uniform, relax
+from stage1_dvae.model import DVAE
+
+BETA = 6.6
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def model() -> DVAE:
+    torch.manual_seed(0)
+    config = DVAEConfig(
+        image_size=20, vocab_size=11, hidden=8, codebook_width=5, groups=3, blocks_per_group=1,
+        gain=0.5, codebook_std=1.0,
+    )  # fmt: skip
+    return DVAE(config)
+
+
+def pictures(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(n, 3, 20, 20, generator=seeded(seed))
+
+
+@pytest.fixture
+def noiseless(monkeypatch):
+    def relaxed(log_q, tau, _generator):
+        return torch.softmax(log_q / tau, dim=-1)
+
+    monkeypatch.setattr(module, "relax", relaxed)
+
+
+@pytest.mark.usefixtures("noiseless")
+@pytest.mark.parametrize("copies", [2, 8])
+def test_the_loss_does_not_depend_on_the_batch_size(model, copies):
+    """Compared at beta = 1 per subpixel, so that either term shows."""
+    one, many = (
+        elbo(model, pictures(1).repeat(n, 1, 1, 1), tau=0.7, generator=seeded())[0] for n in (1, copies)
+    )
+    # fp32 rounding of another order of summation
+    for name in ("nll", "kl", "usage"):
+        torch.testing.assert_close(getattr(many, name), getattr(one, name), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(many.loss(48.0, 2.0), one.loss(48.0, 2.0), rtol=1e-5, atol=1e-6)
+    for name, value in one.metrics().items():
+        torch.testing.assert_close(many.metrics()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batchs_loss_is_the_mean_of_its_pictures(model):
+    both = elbo(model, pictures(2), tau=0.7, generator=seeded())[0]
+    kls = [elbo(model, p[None], tau=0.7, generator=seeded())[0].kl for p in pictures(2)]
+    torch.testing.assert_close(both.kl, (kls[0] + kls[1]) / 2, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tau", [1.0, 1 / 16])
+def test_the_loss_is_the_papers_formula(model, tau):
+    """(−Σ ln f + β Σ KL) / subpixels, the KL of the raw logits whatever tau."""
+    pixels = pictures(3)
+    terms, log_q, decoded = elbo(model, pixels, tau=tau, generator=seeded())
+    nll = -log_density(map_pixels(pixels), decoded[:, :3], decoded[:, 3:]).sum()
+    q = model.logits(pixels).softmax(1)
+    kl = (q * (q.log() + math.log(11))).sum()
+    torch.testing.assert_close(log_q.exp(), q.permute(0, 2, 3, 1))
+    torch.testing.assert_close(terms.loss(BETA), (nll + BETA * kl) / (3 * 3 * 20 * 20), rtol=1e-5, atol=1e-6)
+
+
+def test_the_terms_weigh_as_in_the_paper():
+    kl = torch.tensor(2.0, requires_grad=True)
+    nll = torch.tensor(3.0, requires_grad=True)
+    paper = Elbo(nll, kl, torch.tensor(0.0), positions=32 * 32, subpixels=256 * 256 * 3)
+    paper.loss(BETA).backward()
+    assert kl.grad.item() == pytest.approx(BETA / 192)
+    assert kl.grad.item() == pytest.approx(0.034375)
+    assert nll.grad.item() == 1.0
+
+
+def test_metrics_are_in_nats_per_picture_and_bits_per_subpixel():
+    paper = Elbo(*map(torch.tensor, (0.5, 9.0, 0.0)), positions=1024, subpixels=196_608)
+    metrics = {name: value.item() for name, value in paper.metrics().items()}
+    assert metrics["reconstruction_nats"] == pytest.approx(98_304)
+    assert metrics["kl_nats"] == pytest.approx(9_216)
+    assert metrics["bits_per_dim"] == pytest.approx((98_304 + 9_216) / 196_608 / math.log(2))
+    parts = metrics["reconstruction_bits_per_dim"] + metrics["kl_bits_per_dim"]
+    assert metrics["bits_per_dim"] == pytest.approx(parts)
+
+
+@pytest.mark.parametrize("v", [2, 11, 8192])
+def test_kl_is_0_for_uniform_and_ln_v_for_a_certain_code(v):
+    uniform = torch.log_softmax(torch.full((3, v), 5.0), -1)
+    assert kl_to_uniform(uniform).abs().max() < 1e-5  # fp32 rounding of ln v
+    certain = torch.log_softmax(80.0 * torch.eye(v)[[0, v - 1]], -1)
+    torch.testing.assert_close(kl_to_uniform(certain), torch.full((2,), math.log(v)))
+
+
+def test_kl_is_within_its_bounds():
+    logits = torch.randn(500, 13, generator=seeded()) * torch.logspace(-3, 3, 500)[:, None]
+    kl = kl_to_uniform(torch.log_softmax(logits, -1))
+    assert kl.min() > -1e-6
+    assert kl.max() < math.log(13) + 1e-5
+
+
+def test_usage_is_0_when_all_codes_share_the_work_though_each_posterior_is_certain(model, monkeypatch):
+    def certain(pixels):
+        codes = torch.arange(25).reshape(1, 5, 5).repeat(11, 1, 1) + torch.arange(11)[:, None, None]
+        return 80.0 * torch.eye(11)[codes % 11].permute(0, 3, 1, 2)
+
+    monkeypatch.setattr(model, "logits", certain)
+    terms, *_ = elbo(model, pictures(11), tau=1.0, generator=seeded())
+    assert terms.usage.item() == pytest.approx(0, abs=1e-5)
+    assert terms.kl.item() == pytest.approx(math.log(11), rel=1e-5)
+
+
+def logits(*values: float, n: int) -> torch.Tensor:
+    return torch.log_softmax(torch.tensor(values), -1).expand(n, 1, 1, len(values))
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.3, 1 / 16, 1e-3])
+def test_relaxed_codes_lie_on_the_simplex(tau):
+    relaxed = relax(torch.log_softmax(5 * torch.randn(7, 3, 3, 5, generator=seeded()), -1), tau, seeded(1))
+    assert relaxed.min() >= 0
+    torch.testing.assert_close(relaxed.sum(-1), torch.ones(7, 3, 3))
+
+
+@pytest.mark.parametrize("tau", [1.0, 1e-3])
+def test_the_largest_relaxed_code_is_a_sample_of_the_posterior(tau):
+    n, log_q = 20_000, logits(0.0, 1.0, 2.0, -1.0, 0.5, n=20_000)
+    counts = torch.bincount(relax(log_q, tau, seeded()).argmax(-1).flatten(), minlength=5)
+    expected = n * log_q[0, 0, 0].exp()
+    chi_square = ((counts - expected).square() / expected).sum()
+    assert chi_square < 18.5  # 4 degrees of freedom: exceeded once in a thousand seeds
+
+
+def test_relaxed_codes_harden_as_tau_falls():
+    log_q = logits(0.0, 1.0, 2.0, -1.0, 0.5, n=2000)
+    largest = [relax(log_q, tau, seeded()).amax(-1).mean().item() for tau in (1.0, 1 / 4, 1 / 16, 1e-3)]
+    assert largest == sorted(largest)
+    assert largest[0] < 0.7
+    assert largest[-1] > 0.995
+
+
+def test_noise_is_the_generators_alone(model):
+    a, b, c = (elbo(model, pictures(2), tau=0.7, generator=seeded(s))[0].nll for s in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_no_uniform_draw_makes_infinite_noise(monkeypatch):
+    def extremes(shape, **_options):
+        return torch.tensor([0.0, 1 - 2**-24]).expand(shape).clone()  # the least and greatest of torch.rand
+
+    monkeypatch.setattr(torch, "rand", extremes)
+    relaxed = relax(logits(0.0, 0.0, n=1), 1 / 16, seeded())
+    assert relaxed.isfinite().all()
+    assert relaxed[0, 0, 0].tolist() == pytest.approx([0, 1])
+
+
+def test_both_halves_learn_from_the_loss(model):
+    model.zero_grad()
+    terms, *_ = elbo(model, pictures(2), tau=0.5, generator=seeded())
+    terms.nll.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    model.zero_grad()
+    terms, *_ = elbo(model, pictures(2), tau=0.5, generator=seeded())
+    terms.kl.backward()
+    assert {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None} == {"encoder"}
+    model.zero_grad()

@@ -1,0 +1,116 @@
+"""What was measured, for machines."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from dalle.console import Stopwatch
+from dalle.errors import CheckpointError
+from dalle.metrics import MetricsLog, Window, read_metrics
+
+
+def written(folder: Path, steps) -> Path:
+    log = MetricsLog(folder, 0)
+    for step in steps:
+        log.write(step, {"loss": 1 / step})
+    return folder / "metrics.jsonl"
+
+
+def steps(folder: Path) -> list[int]:
+    return [line["step"] for line in read_metrics(folder)]
+
+
+def test_a_line_is_one_object_with_its_step(tmp_path):
+    path = written(tmp_path, [3])
+    assert path.read_text() == '{"step": 3, "loss": 0.333333}\n'
+
+
+def test_there_may_be_no_file_yet(tmp_path):
+    assert read_metrics(tmp_path) == []
+
+
+def test_lines_later_than_the_resumed_step_are_dropped(tmp_path):
+    written(tmp_path, [2, 4, 6, 6, 8])
+    log = MetricsLog(tmp_path, 6)
+    assert steps(tmp_path) == [2, 4, 6, 6]
+    log.write(7, {"loss": 0.0})
+    assert steps(tmp_path) == [2, 4, 6, 6, 7]
+    assert read_metrics(tmp_path)[1] == {"step": 4, "loss": 0.25}
+    MetricsLog(tmp_path, 0)
+    assert steps(tmp_path) == []
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 8, "lo', b"\0" * 50, b"\xff\xfe\xff", b"{"])
+def test_a_last_line_cut_short_is_left_out_and_the_next_stands_on_its_own(tmp_path, tail):
+    with written(tmp_path, [2, 4]).open("ab") as file:
+        file.write(tail)
+    assert steps(tmp_path) == [2, 4]
+    MetricsLog(tmp_path, 4).write(5, {"loss": 1.0})
+    assert steps(tmp_path) == [2, 4, 5]
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_becomes_null_as_json_has_no_nan(tmp_path, value):
+    MetricsLog(tmp_path, 0).write(1, {"loss": value, "lr": 0.5})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=refuse) == {"step": 1, "loss": None, "lr": 0.5}
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path, 0)
+
+    def refuse(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
+        log.write(1, {"loss": 0.0})
+
+
+class Clock(Stopwatch):
+    seconds = 100.0
+
+
+def test_a_window_gives_means_and_rates():
+    clock = Clock()
+    window = Window(49, clock)
+    for loss in (1.0, 2.0, 6.0):
+        window.add({"loss": loss, "lr": 0.5}, pictures=7)
+    window.waited += 0.5
+    clock.seconds += 2.0
+    assert window.close() == {
+        "loss": 3.0,
+        "lr": 0.5,
+        "seconds": 2.0,
+        "pictures_per_second": 10.5,
+        "tokens_per_second": 10.5 * 49,
+        "data_wait": 0.25,
+    }
+
+
+def test_the_next_window_starts_empty():
+    clock = Clock()
+    window = Window(49, clock)
+    window.add({"loss": 100.0, "rare": 1.0}, pictures=700)
+    window.waited += 3
+    clock.seconds += 5
+    window.close()
+    window.add({"loss": 4.0}, pictures=3)
+    clock.seconds += 1
+    line = window.close()
+    assert line == {
+        "loss": 4.0, "seconds": 1.0, "pictures_per_second": 3.0, "tokens_per_second": 147.0, "data_wait": 0.0,
+    }  # fmt: skip
+
+
+def test_a_window_survives_a_clock_that_stands_still():
+    window = Window(1, Clock())
+    window.add({"loss": 1.0}, pictures=1)
+    assert window.close()["loss"] == 1.0

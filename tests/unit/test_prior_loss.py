@@ -1,0 +1,102 @@
+"""What the prior minimises."""
+
+import math
+
+import pytest
+import torch
+
+from dalle.runs import Plan
+from dalle.text import fit
+from stage2_prior.config import PRESETS, PriorTraining
+from stage2_prior.loss import losses
+from stage2_prior.train import Codes, Stage2
+from tests import oracles, tiny
+
+
+def by_hand(model, tokens, codes) -> tuple[list[float], list[float]]:
+    """Cross-entropies of all the words there are, and of all cells."""
+    words, cells = [], []
+    for caption, picture in zip(tokens, codes, strict=True):
+        caption, picture = oracles.numbers(caption), oracles.numbers(picture)
+        text, image = oracles.Prior(model).logits(caption, picture)
+        words += [oracles.cross_entropy(text[i], token) for i, token in enumerate(caption) if token >= 0]
+        cells += [oracles.cross_entropy(image[i], code) for i, code in enumerate(picture)]
+    return words, cells
+
+
+def test_each_loss_is_the_mean_over_the_tokens_of_its_kind():
+    model = tiny.prior(grid=2)
+    tokens, codes = tiny.batch(model, 4)
+    words, cells = by_hand(model, tokens, codes)
+    assert (len(words), len(cells)) == (0 + 2 + 4 + 6, 4 * 4)
+    text, image = losses(model, tokens, codes)
+    assert text.item() == pytest.approx(sum(words) / 12, rel=1e-5)
+    assert image.item() == pytest.approx(sum(cells) / 16, rel=1e-5)
+
+
+def test_a_caption_shorter_or_longer_weighs_by_its_words():
+    model = tiny.prior(grid=2)
+    tokens, codes = tiny.batch(model, 4)
+    sums = [losses(model, t[None], c[None])[0].item() * int((t >= 0).sum()) for t, c in zip(tokens, codes, strict=True)]
+    assert losses(model, tokens, codes)[0].item() == pytest.approx(sum(sums) / 12, rel=1e-5)
+
+
+def test_captions_without_a_word_cost_nothing():
+    model = tiny.prior(grid=2)
+    tokens, codes = tiny.batch(model, 1)
+    text, image = losses(model, tokens, codes)
+    assert text.item() == 0
+    (text + image).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_padding_is_no_target_but_is_seen():
+    model = tiny.prior(grid=2)
+    tokens, codes = tiny.batch(model, 3)
+    text, image = losses(model, tokens[1:2], codes[1:2])
+    text.backward(retain_graph=True)
+    assert not model.padding.weight.grad.any()  # it stands behind all words
+    image.backward()
+    empty = (tokens[1] < 0).tolist()
+    assert [bool(row.any()) for row in model.padding.weight.grad] == [False, *empty]
+
+
+def stage(tmp_path, model, **settings) -> Stage2:
+    training = PriorTraining(**settings)
+    plan = Plan(tmp_path, "tiny", "scenes", model.config, training, resumed=False)
+    grid = model.config.grid
+    dvae = Codes(16, grid, 13, lambda p: (p[:, 0, :grid, :grid] * 12).round().long(), lambda c: c, "0")
+    words = tiny.tokenizer()
+    heldout = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    tokens = torch.from_numpy(fit(words.encode("red"), model.config.text_length - 1)[0]).repeat(2, 1)
+    return Stage2(model, plan, dvae, words, (heldout, tokens), ["red"])
+
+
+def test_the_text_counts_one_eighth_and_the_picture_seven(tmp_path):
+    model = tiny.prior(text_vocab=280)
+    task = stage(tmp_path, model)
+    assert task.weighted(torch.tensor(8.0), torch.tensor(0.0)).item() == 1
+    assert task.weighted(torch.tensor(0.0), torch.tensor(8.0)).item() == 7
+    other = stage(tmp_path, model, text_weight=0.25)
+    assert other.weighted(torch.tensor(8.0), torch.tensor(4.0)).item() == 5
+
+
+def test_every_preset_keeps_the_papers_weights():
+    assert {training.text_weight for _, training in PRESETS.values()} == {1 / 8}
+
+
+def test_the_loss_of_a_batch_is_that_of_the_dvaes_codes_in_raster_order(tmp_path):
+    model = tiny.prior(text_vocab=280)
+    task = stage(tmp_path, model)
+    tokens, codes = tiny.batch(model, 3)
+    pixels = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
+    # Bytes that the stand-in dVAE encodes as these codes.
+    pixels[:, 0, :4, :4] = (codes.reshape(3, 4, 4) / 12 * 255).round().byte()
+    loss, metrics = task.loss((pixels, tokens, torch.tensor([True, False, False])), step=0, micro=0)
+    text, image = losses(model, tokens, codes)
+    assert loss.item() == pytest.approx(text.item() / 8 + 7 * image.item() / 8, rel=1e-6)
+    assert metrics["text_loss"].item() == pytest.approx(text.item())
+    assert metrics["image_loss"].item() == pytest.approx(image.item())
+    bits = image.item() * 16 / math.log(2)
+    assert metrics["image_bits_per_picture"].item() == pytest.approx(bits)
+    assert (task.cut, task.seen) == (1, 3)

@@ -1,0 +1,139 @@
+"""One process a run folder, and a stop that saves first."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from dalle.errors import CheckpointError
+from dalle.process import only_process, stop_signals
+
+ROOT = Path(__file__).parents[2]
+HOLD = """
+import sys, time
+from pathlib import Path
+from dalle.process import only_process
+with only_process(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+STOP = """
+import sys, time
+from dalle.process import stop_signals
+with stop_signals() as stopped:
+    print("ready", flush=True)
+    while not stopped() or "stubborn" in sys.argv:
+        time.sleep(0.01)
+    print("saved", flush=True)
+"""
+
+
+def start(code: str, *args: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_a_second_process_is_refused_and_a_killed_one_lets_go(tmp_path):
+    folder = tmp_path / "new" / "dvae"
+    with start(HOLD, folder) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError, match="another process is training in .*dvae: wait for it"):
+            only_process(folder).__enter__()
+        with only_process(tmp_path / "other"):
+            pass
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        with only_process(folder):
+            pass
+
+
+def test_a_data_worker_that_outlives_the_run_does_not_hold_the_folder(tmp_path):
+    pipe, other = os.pipe()
+    with only_process(tmp_path):
+        child = os.fork()
+        if child == 0:
+            os.close(other)
+            os.read(pipe, 1)  # lives on after the parent has let go
+            os._exit(0)
+    try:
+        with start(HOLD, tmp_path) as holder:
+            assert holder.stdout.readline() == "held\n"
+            holder.kill()
+    finally:
+        os.close(other)
+        os.waitpid(child, 0)
+
+
+def test_a_folder_that_cannot_be_written_or_locked_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot write in .*file"):
+        only_process(tmp_path / "file").__enter__()
+
+    def refuse(*_args):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.raises(CheckpointError, match="cannot lock .*: No locks available"):
+        only_process(tmp_path).__enter__()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_only_asks(number):
+    before = signal.getsignal(number)
+    with stop_signals() as stopped:
+        assert not stopped()
+        signal.raise_signal(number)
+        assert stopped()
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_asks_even_when_nobody_can_be_told(monkeypatch):
+    def broken(_text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("dalle.process.say", broken)
+    with stop_signals() as stopped:
+        signal.raise_signal(signal.SIGTERM)
+        assert stopped()
+
+
+def test_outside_the_main_thread_there_are_no_signals():
+    seen = []
+
+    def enter():
+        with stop_signals() as stopped:
+            seen.append(stopped())
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+
+
+def test_the_first_signal_saves_and_is_announced():
+    with start(STOP) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=20)
+    assert out == "saved\n"
+    assert "SIGTERM: finishing this step and saving; once more to stop at once" in err
+    assert process.returncode == 0
+
+
+def test_the_second_signal_stops_at_once():
+    with start(STOP, "stubborn") as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        while "once more" not in process.stderr.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=20)
+    assert out == ""
+    assert process.returncode == 1
