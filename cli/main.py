@@ -1,5 +1,6 @@
 """The commands. Torch is imported inside them, so that `--help` answers at once."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -241,6 +242,8 @@ def _options(
 
 def main() -> None:
     """The console script: a caller's mistake is one line and exit status 2."""
+    # Threads that spin while they wait lose most of a busy machine; read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `dalle … | head` is no error
     try:
         app()

@@ -57,7 +57,8 @@ class TextToImage:
             precision: of the matrix products; by default what the device is faster in.
 
         Raises:
-            CheckpointError: a stage is missing or damaged, or the prior was trained on another dVAE.
+            CheckpointError: a stage is missing or damaged, or the prior was trained on another dVAE or
+                tokenizer.
         """
         run, device = Path(run), torch.device(device) if device else best_device()
         for stage, command in (("dvae", "train-dvae"), ("prior", "train-prior")):
@@ -65,14 +66,19 @@ class TextToImage:
                 raise CheckpointError(
                     f"{run} holds no trained {stage}: `dalle {command} --run {run}` trains one; or name another --run"
                 )
-        trained_on, present = read_json(run / "prior" / "config.json").get("dvae"), fingerprint_of(run)
-        if trained_on != present:
-            raise CheckpointError(
-                f"the prior in {run / 'prior'} was trained on the dVAE {trained_on}, but {run / 'dvae'} is "
-                f"{present}: put that dVAE back, or train the prior anew in another --run"
-            )
+        began = read_json(run / "prior" / "config.json")
+        tokenizer = Tokenizer.load(run / "prior" / "tokenizer.json")
+        for part, trained_on, path, present in (
+            ("dVAE", began.get("dvae"), run / "dvae", fingerprint_of(run)),
+            ("tokenizer", began.get("tokenizer"), run / "prior" / "tokenizer.json", tokenizer.fingerprint()),
+        ):
+            if trained_on != present:
+                raise CheckpointError(
+                    f"the prior in {run / 'prior'} was trained on the {part} {trained_on}, but {path} is "
+                    f"{present}: put that {part} back, or train the prior anew in another --run"
+                )
         return cls(
-            Tokenizer.load(run / "prior" / "tokenizer.json"),
+            tokenizer,
             Prior.load(run / "prior", device),
             DVAE.load(run / "dvae", device),
             choose(precision, device),
@@ -102,6 +108,8 @@ class TextToImage:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if n < 1:
             raise DataError(f"n={n} pictures cannot be drawn; ask for at least 1")
+        if not prompts:
+            return []
         together = max(1, AT_ONCE // n)  # prompts drawn side by side
         codes = [
             self._codes(part, seed, range(start, min(start + AT_ONCE, n)), sampling or Sampling(), on_token)

@@ -55,5 +55,5 @@ def dense(kind: Kind, text: int, grid: int, kernel: int = 11) -> Bool[Tensor, "q
 @cache
 def visible(kind: Kind, grid: int, kernel: int = 11) -> list[Tensor]:
     """For every image slot, the image slots that it sees (itself the last), in raster order."""
-    seen = dense(kind, 0, grid, kernel)
-    return [row.nonzero()[:, 0] for row in seen]
+    with torch.inference_mode(False):  # they outlive the drawing that asks first
+        return [row.nonzero()[:, 0] for row in dense(kind, 0, grid, kernel)]

@@ -106,7 +106,7 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
 
     source = open_source(run.data, "train", codes.image_size, config.heldout)
     unseen = open_source(run.data, "heldout", codes.image_size, config.heldout)
-    tokenizer = _tokenizer(run.folder / "tokenizer.json", source, config, run.resumed)
+    tokenizer = _tokenizer(run, source)
     run = replace(run, model=replace(run.model, text_vocab=tokenizer.vocab_size))
     words = run.model.text_length - 1
     prepare = partial(
@@ -144,11 +144,22 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
     return done
 
 
-def _tokenizer(path: Path, source: Source, config: PriorTraining, resumed: bool) -> Tokenizer:
-    if path.exists() or resumed:
+def _tokenizer(run: Plan, source: Source) -> Tokenizer:
+    """The run's tokenizer; learned from the captions where there is none yet."""
+    path = run.folder / "tokenizer.json"
+    if run.resumed:
+        tokenizer, begun_with = Tokenizer.load(path), read_json(run.folder / "config.json").get("tokenizer")
+        if begun_with != tokenizer.fingerprint():
+            raise ConfigError(
+                f"{run.folder} was begun with the tokenizer {begun_with}, {path} is now "
+                f"{tokenizer.fingerprint()}: put that one back, or use another --run"
+            )
+        return tokenizer
+    if path.exists():
         return Tokenizer.load(path)
-    say(f"prior: learning up to {config.bpe_vocab:,} text tokens from the captions")
-    tokenizer = Tokenizer.train(_some_captions(source, config.bpe_captions), config.bpe_vocab)
+    say(f"prior: learning up to {run.training.bpe_vocab:,} text tokens from the captions")
+    captions = _some_captions(source, run.training.bpe_captions)
+    tokenizer = Tokenizer.train(captions, run.training.bpe_vocab)
     tokenizer.save(path)
     return tokenizer
 

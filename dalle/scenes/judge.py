@@ -39,7 +39,7 @@ _GRID = ((np.arange(CELLS) + 0.5) / CELLS * 2 - 1) * REACH
 
 @dataclass(frozen=True)
 class Finding(Object):
-    """An object as seen. Its shape and colour are the likeliest; whether they are likely is another matter."""
+    """An object as seen: `shape` and `colour` are the likeliest, if not always likely."""
 
     fit: float  # of the shape: the area common to both as a part of the area of either, 0 to 1
     stray: float  # from the colour: Euclidean, of 255 a channel
@@ -241,7 +241,7 @@ def _gallery() -> tuple[
 
 
 def _disc(cover: Cover) -> tuple[float, float, float]:
-    """Centre and radius, in pixels, of the disc with the area and the centroid of what is covered and its holes."""
+    """Centre and radius, in pixels, of the disc with the area and centroid of what is covered, holes and all."""
     holes = fill(cover > 0.5) & (cover <= 0.5)
     solid = np.where(holes, 1, cover)
     area = solid.sum()

@@ -24,7 +24,8 @@ def copies(hidden: int, vocab: int, size: int) -> tuple[torch.nn.Module, torch.n
         for name, p in [*encoder.named_parameters(), *decoder.named_parameters()]:
             if name.endswith("b"):
                 p.normal_(std=0.1)
-        encoder.blocks.output.conv.w[:, ::2] *= -1  # else the activations' common mean decides every code
+        mean = encoder(dall_e.map_pixels(torch.rand(1, 3, size, size))).mean((0, 2, 3))
+        encoder.blocks.output.conv.b -= mean  # else a few codes win everywhere
         decoder.blocks.input.w.normal_()  # else a one-hot input hardly shows in the picture
     ours = DVAE(DVAEConfig(image_size=size, vocab_size=vocab, hidden=hidden, codebook_width=24))
     ours.encoder.load_state_dict(encoder.state_dict(), strict=True)

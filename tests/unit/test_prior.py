@@ -165,6 +165,15 @@ def test_recomputing_does_run_the_layers_twice():
         assert calls == dict.fromkeys(range(3), expected)
 
 
+def test_a_model_that_was_evaluated_first_can_be_trained():
+    model = tiny.prior()
+    with torch.inference_mode():
+        losses(model, *tiny.batch(model, 1))
+        model.step(None, model.prefill(tiny.batch(model, 1)[0], pictures=1), slot=0)
+    assert gradients(model)["layers.0.attention.qkv.weight"].any()
+    model.step(None, model.prefill(tiny.batch(model, 1)[0], pictures=1), slot=0).sum()
+
+
 def test_every_parameter_learns_once_the_heads_are_off_zero():
     """At the start only the heads do, for they are zero; slot 0 is never empty, its padding never used."""
     model = Prior(PriorConfig(**tiny.PRIOR_SHAPE))
