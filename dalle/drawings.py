@@ -1,19 +1,19 @@
 """What `sample` and `reconstruct` leave behind: PNGs that say how they were made, and sheets of them."""
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from dalle.checkpoint import write_json
+from dalle.checkpoint import read_json, write_json
 from dalle.data.augment import centre_crop
 from dalle.data.images import decode
 from dalle.data.source import BadSample
-from dalle.errors import DataError
+from dalle.errors import CheckpointError, DataError
 from dalle.pictures import contact_sheet, grid, save_png, to_images, to_pixels
 from stage1_dvae.model import DVAE
 
@@ -25,38 +25,71 @@ def save_drawings(
 
     Args:
         captions: the prompt of every picture, n pictures each in turn.
-        made: run, seed and settings; also written into the PNGs.
+        made: run, seed and settings; also written into the PNGs. A file is replaced only by the picture
+            of the same prompt and settings.
 
     Returns:
         The paths of the pictures, then of the sheet.
     """
-    paths = []
-    for i, (picture, prompt) in enumerate(zip(pictures, captions, strict=True)):
-        facts = {"prompt": prompt, "picture": i % n, **made}
-        path = folder / f"{_stem(prompt)}-seed{made['seed']}-{i % n}.png"
-        save_png(path, picture, facts)
-        write_json(path.with_suffix(".json"), facts)
-        paths.append(path)
+    paths: list[Path] = []
+    for start in range(0, len(pictures), n):
+        prompt = captions[start]
+        facts = [{"prompt": prompt, "picture": i, **made} for i in range(n)]
+        names = _free(folder, _stem(prompt), [f"-seed{made['seed']}-{i}" for i in range(n)], facts)
+        for path, picture, fact in zip(names, pictures[start : start + n], facts, strict=True):
+            _save(path, picture, fact)
+        paths += names
     if len(pictures) > 1:
-        name = _stem(captions[0]) if len(set(captions)) == 1 else f"{_stem(captions[0])}-and-others"
-        sheet = folder / f"{name}-seed{made['seed']}-sheet.png"
-        save_png(sheet, contact_sheet(pictures, captions), {"prompts": json.dumps(list(captions)), **made})
+        stem = _stem(captions[0]) + ("" if len(set(captions)) == 1 else "-and-others")
+        fact = {"prompts": list(captions), **made}
+        (sheet,) = _free(folder, stem, [f"-seed{made['seed']}-sheet"], [fact])
+        _save(sheet, contact_sheet(pictures, captions), fact)
         paths.append(sheet)
     return paths
 
 
+def _save(path: Path, picture: Image.Image, facts: Mapping[str, Any]) -> None:
+    save_png(path, picture, facts)
+    write_json(path.with_suffix(".json"), facts)
+
+
 def _stem(prompt: str) -> str:
-    """A file name that one recognises the prompt by."""
-    return re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60] or "prompt"
+    """A file name that one recognises the prompt by; 60 letters, or fewer where they take many bytes."""
+    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60]
+    return words.encode()[:150].decode(errors="ignore") or "prompt"
+
+
+def _free(folder: Path, stem: str, endings: Sequence[str], facts: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Paths with a number on the stem if need be, so that no picture made otherwise is overwritten."""
+    tries = ([folder / f"{stem}{mark}{ending}.png" for ending in endings] for mark in _marks())
+    return next(paths for paths in tries if all(map(_is_free, paths, facts)))
+
+
+def _marks() -> Iterator[str]:
+    """Nothing, then -2, -3, …"""
+    yield ""
+    yield from (f"-{number}" for number in count(2))
+
+
+def _is_free(path: Path, facts: Mapping[str, Any]) -> bool:
+    """Nothing lies there, or the same picture drawn before."""
+    if not path.exists():
+        return True
+    try:
+        return read_json(path.with_suffix(".json")) == facts
+    except CheckpointError:
+        return False
 
 
 def save_reconstructions(folder: Path, model: DVAE, images: Iterable[Path]) -> list[Path]:
     """Write each picture beside its reconstruction: the input's centre square left, the dVAE's right.
 
+    Inputs of the same name from several folders are numbered.
+
     Raises:
         DataError: a file is missing, is no picture, or is smaller than the model's pictures.
     """
-    paths = []
+    paths: list[Path] = []
     device = next(model.parameters()).device
     for source in images:
         try:
@@ -68,7 +101,8 @@ def save_reconstructions(folder: Path, model: DVAE, images: Iterable[Path]) -> l
         pixels = to_pixels(torch.from_numpy(cropped)[None]).to(device)
         with torch.inference_mode():
             pair = to_images(torch.cat([pixels, model.decode(model.encode(pixels))]))
-        path = folder / f"{source.stem}-reconstruction.png"
+        names = (folder / f"{source.stem}{mark}-reconstruction.png" for mark in _marks())
+        path = next(path for path in names if path not in paths)
         save_png(path, grid([pair]))
         paths.append(path)
     return paths

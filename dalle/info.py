@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from dalle.checkpoint import fingerprint, read_json, state_folders
 from dalle.errors import CheckpointError
@@ -24,7 +24,7 @@ def facts_of_run(run: Path) -> dict[str, Any]:
     """Both stages of a run: configuration, parameters, steps, states and last metrics.
 
     Raises:
-        CheckpointError: there is no run in that folder.
+        CheckpointError: there is no run in that folder, or it is damaged.
     """
     stages = {
         stage: _facts(run / stage) for stage in ("dvae", "prior") if (run / stage / "config.json").is_file()
@@ -38,6 +38,8 @@ def facts_of_run(run: Path) -> dict[str, Any]:
 
 def _facts(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json")
+    if not isinstance(config.get("model"), dict):
+        raise CheckpointError(f"{folder / 'config.json'} is damaged or of another program: it names no model")
     weights = folder / "weights.safetensors"
     latest: dict[str, Any] = {}
     for line in read_metrics(folder):
@@ -52,13 +54,21 @@ def _facts(folder: Path) -> dict[str, Any]:
         "metrics": {name: latest[name] for name in SHOWN if name in latest},
     }
     if weights.is_file():
-        with safe_open(weights, "pt") as file:
-            names = file.keys()
-            facts["parameters"] = sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+        facts["parameters"] = _parameters(weights)
         facts["fingerprint"] = fingerprint(weights)
     if "dvae" in config:
         facts["trained_on_dvae"] = config["dvae"]
     return facts
+
+
+def _parameters(weights: Path) -> int:
+    """How many numbers a weights file holds, by its header."""
+    try:
+        with safe_open(weights, "pt") as file:
+            names = file.keys()
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{weights} is damaged or no safetensors file: {error}") from error
 
 
 def describe_run(facts: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """One process a run folder, and a stop that saves first."""
 
+import ctypes
 import fcntl
 import os
 import signal
@@ -11,6 +12,22 @@ from types import FrameType
 
 from dalle.console import say
 from dalle.errors import CheckpointError
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed tensors for the next step instead of returning them to the system each time.
+
+    Otherwise a CPU training step spends a tenth to a third of its time on page faults. Does nothing
+    where there is no glibc.
+    """
+    mmap_max, trim_threshold, top_pad = -4, -1, -2  # numbers of mallopt(3)
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 64 * 2**20)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """What a training command is to do: from presets, options and what the run folder already holds."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dalle.checkpoint import FORMAT, read_json, write_json
-from dalle.config import describe, from_json, override, to_json
+from dalle.config import describe, from_json, override, preset, to_json
 from dalle.errors import ConfigError
 from dalle.training import CHANGEABLE, Training
 
@@ -79,21 +78,11 @@ def plan(
     if (folder / "config.json").exists():
         return _continued(folder, options, settings, presets)
     name = options.preset or default_preset
-    if name not in presets:
-        raise ConfigError(unknown_preset(name, presets))
-    model, training = presets[name]
+    model, training = preset(presets, name)
     sections = override({"model": model, "training": training}, settings)
     chosen = {text.partition("=")[0].strip() for text in settings}
     scaled = _scale_horizons(sections["training"], training.steps, chosen)
     return Plan(folder, name, options.data or default_data, sections["model"], scaled, resumed=False)
-
-
-def unknown_preset(name: str, presets: Mapping[str, Any]) -> str:
-    """What to tell about a preset that there is not."""
-    close = difflib.get_close_matches(name, presets, n=1)
-    return f"unknown preset {name!r}; " + (
-        f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(presets)}"
-    )
 
 
 def _scale_horizons(training: Training, preset_steps: int, chosen: set[str]) -> Training:
@@ -112,22 +101,22 @@ def _continued(
             f"{folder} holds an imported model without a training run; use another --run to train"
         )
     model_kind, training_kind = (type(section) for section in next(iter(presets.values())))
-    model = from_json(model_kind, saved["model"], str(path))
+    model = from_json(model_kind, saved.get("model"), str(path))
     training = from_json(training_kind, saved["training"], str(path))
     sections = override({"model": model, "training": training}, settings)
-    for name, old in (("model", model), ("training", training)):
+    for section, old in (("model", model), ("training", training)):
         for field in dataclasses.fields(old):
-            was, now = getattr(old, field.name), getattr(sections[name], field.name)
+            was, now = getattr(old, field.name), getattr(sections[section], field.name)
             if was != now and field.name not in CHANGEABLE:
                 raise ConfigError(
                     f"{folder} was started with {field.name}={was}, not {now}: keep it, or use another --run"
                 )
-    for what, was, now in (
-        ("--preset", saved["preset"], options.preset),
-        ("--data", saved["data"], options.data),
-    ):
+    name, data = saved.get("preset"), saved.get("data")
+    if not isinstance(name, str) or not isinstance(data, str):
+        raise ConfigError(f"{path} does not name the preset and the data of its run")
+    for what, was, now in (("--preset", name, options.preset), ("--data", data, options.data)):
         if now is not None and now != was:
             raise ConfigError(
                 f"{folder} was started with {what} {was}, not {now}: keep it, or use another --run"
             )
-    return Plan(folder, saved["preset"], saved["data"], sections["model"], sections["training"], resumed=True)
+    return Plan(folder, name, data, sections["model"], sections["training"], resumed=True)

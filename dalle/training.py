@@ -18,7 +18,7 @@ from dalle.engine import Engine
 from dalle.errors import CheckpointError, ConfigError
 from dalle.metrics import MetricsLog, Window
 from dalle.precision import Precision
-from dalle.process import only_process, stop_signals
+from dalle.process import keep_freed_memory, only_process, stop_signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +136,7 @@ def fit(task: Task, engine: Engine, loader: Loader, config: Training, folder: Pa
     Raises:
         CheckpointError: another process trains there, states exist but none is whole, or saving failed.
     """
+    keep_freed_memory()
     with only_process(folder), stop_signals() as stopped:
         step = _resume(task, engine, folder)
         if step >= config.steps:

@@ -89,7 +89,9 @@ class DVAETraining(Training):
         0.0, "weight, per position as beta's, of pulling the mean posterior to uniform", paper="no such term"
     )
     logit_std: float | None = setting(
-        None, "spread of every code's logit over real pictures at the start; none: as drawn", paper="no such step"
+        None,
+        "spread of every code's logit over real pictures at the start; none: as drawn",
+        paper="no such step",
     )
     beta1: float = setting(0.9, "AdamW's decay of the mean", paper="0.9")
     beta2: float = setting(0.999, "AdamW's decay of the variance", paper="0.999")
@@ -110,12 +112,31 @@ PRESETS: dict[str, tuple[DVAEConfig, DVAETraining]] = {
     # Minutes on two CPU cores. Departures from the paper are explained in docs/paper.md.
     "tiny": (
         DVAEConfig(
-            image_size=64, vocab_size=256, hidden=16, codebook_width=32, groups=3, blocks_per_group=1,
-            gain=0.5, codebook_std=1.0,
+            image_size=64,
+            vocab_size=256,
+            hidden=16,
+            codebook_width=32,
+            groups=3,
+            blocks_per_group=1,
+            gain=1.0,
+            codebook_std=1.0,
+            min_scale=0.1,
         ),
         DVAETraining(
-            batch_size=16, steps=3_000, lr=3e-3, lr_end=1e-4, lr_steps=3_000, warmup=50,
-            beta_start=8.0, beta=0.3, beta_steps=1_500, tau_steps=2_500, ema_decay=0.998,
+            batch_size=16,
+            steps=4_000,
+            lr=2e-3,
+            lr_end=1e-4,
+            lr_steps=4_000,
+            warmup=50,
+            beta_start=0.3,
+            beta=0.3,
+            beta_steps=4_000,
+            tau_steps=2_000,
+            usage_weight=8.0,
+            logit_std=1.5,
+            clip=1.0,
+            ema_decay=0.998,
         ),
     ),
     # One GPU, hours.

@@ -116,7 +116,9 @@ class Prior(nn.Module):
             CheckpointError: there is none, it is damaged, or its parts do not fit.
         """
         path = Path(folder)
-        config = from_json(PriorConfig, read_json(path / "config.json")["model"], str(path / "config.json"))
+        config = from_json(
+            PriorConfig, read_json(path / "config.json").get("model"), str(path / "config.json")
+        )
         with torch.device("meta"):
             model = cls(config)
         load_weights(path, model)

@@ -83,7 +83,7 @@ def resolve(options: Options, codes: Codes, *, preset: str, data: str) -> Plan:
     run = plan(options, "prior", PRESETS, default_preset=preset, default_data=data)
     model = run.model
     if run.resumed:
-        begun_on = read_json(run.folder / "config.json")["dvae"]
+        begun_on = read_json(run.folder / "config.json").get("dvae")
         if begun_on != codes.fingerprint:
             raise ConfigError(
                 f"{run.folder} was begun on the dVAE {begun_on}, the one there now is {codes.fingerprint}: "

@@ -23,7 +23,7 @@ APART = 0.75  # of the sum of the radii: nearer to each other, two objects are n
 # Shapes are compared in a frame of CELLS × CELLS points around the object, that reaches REACH times the
 # radius of the disc of its area, with each shape as it is drawn, at other sizes and places, and softened.
 CELLS, REACH = 28, 1.75
-SCALES = (0.93, 1.0, 1.07)
+SCALES = (1.0, 0.93, 1.07)  # as it is comes first, to win ties
 SHIFTS = ((0.0, 0.0), (-0.1, 0.0), (0.1, 0.0), (0.0, -0.1), (0.0, 0.1))
 BLURS = (0.0, 0.1, 0.18)  # standard deviation, as a part of the radius
 MOST_BLUR = 2.0  # pixels of SIDE: as much as a picture may lack in sharpness
@@ -113,6 +113,7 @@ def compare(reading: Reading, facts: Facts) -> Verdict:
     stated = {"count", "shape", "colour"} | {name for name in holds if getattr(facts, name, None) is not None}
     holds = {name: held for name, held in holds.items() if name in stated}
     reasons = [
+        *(() if reading.background else ("the background is none that is known, so nothing stands out",)),
         *_kind_reasons(asked, pairs),
         *_reasons({name for name, held in holds.items() if not held}, facts, reading, first, relation),
     ]
@@ -121,19 +122,22 @@ def compare(reading: Reading, facts: Facts) -> Verdict:
 
 def _match(asked: Sequence[Asked], found: Sequence[Finding], relation: Relation | None) -> list[Pairing]:
     """Each asked for with the object that comes nearest, in the order asked; fewer where fewer are found."""
-
-    def likeness(pairs: Sequence[Pairing]) -> tuple[int, int, bool]:
-        shapes = sum(seen.known_shape == shape for (shape, _), seen in pairs)
-        colours = sum(seen.known_colour == colour for (_, colour), seen in pairs)
-        related = len(pairs) > 1 and _relation(pairs[0][1], pairs[1][1]) == relation
-        return shapes + colours, colours, related
-
     if len(set(asked)) == 1:
-        found = sorted(found, key=lambda seen: likeness([(asked[0], seen)]), reverse=True)
+        found = sorted(found, key=lambda seen: _likeness([(asked[0], seen)], relation), reverse=True)
         return list(zip(asked, found, strict=False))
     number = min(len(asked), len(found))
     choices = product(combinations(asked, number), permutations(found[:MOST], number))
-    return max((list(zip(*choice, strict=True)) for choice in choices), key=likeness)
+    return max(
+        (list(zip(*choice, strict=True)) for choice in choices), key=lambda pairs: _likeness(pairs, relation)
+    )
+
+
+def _likeness(pairs: Sequence[Pairing], relation: Relation | None) -> tuple[int, int, bool]:
+    """More is nearer: first to shapes and colours together, then to the colours, then to the relation."""
+    shapes = sum(seen.known_shape == shape for (shape, _), seen in pairs)
+    colours = sum(seen.known_colour == colour for (_, colour), seen in pairs)
+    related = len(pairs) > 1 and _relation(pairs[0][1], pairs[1][1]) == relation
+    return shapes + colours, colours, related
 
 
 def _relation(first: Finding, second: Finding) -> Relation | None:
@@ -175,7 +179,7 @@ def _reasons(
         found_it = f"{relation} it" if relation else "neither beside nor inside it"
         yield f"asked for {things[0]} {facts.relation} {things[1]}, found it {found_it}"
     if "background" in wrong and facts.background:
-        found_one = f"{_a(reading.background)} one" if reading.background else "none of the known ones"
+        found_one = f"{_a(reading.background)} one" if reading.background else "none that is known"
         yield f"asked for {_a(facts.background)} background, found {found_one}"
 
 
@@ -224,9 +228,8 @@ def _gallery() -> tuple[
     likenesses, masks, blurs = [], [], []
     middle, radius = 64, 50  # pixels of the drawing
     for shape, blur in product(SHAPES, BLURS):
-        drawing = draw(
-            Scene("black", (Object(shape, "yellow", 0.5, 0.5, radius / (2 * middle)),)), 2 * middle
-        )
+        thing = Object(shape, "yellow", 0.5, 0.5, radius / (2 * middle))
+        drawing = draw(Scene("black", (thing,)), 2 * middle)
         red = np.asarray(drawing, dtype=np.float32)[..., 0]
         cover = _blurred((red - red.min()) / (red.max() - red.min()), blur * radius)
         x, y, unit = _disc(cover)
@@ -241,7 +244,7 @@ def _gallery() -> tuple[
 
 
 def _disc(cover: Cover) -> tuple[float, float, float]:
-    """Centre and radius, in pixels, of the disc with the area and centroid of what is covered, holes and all."""
+    """Centre and radius, in pixels, of the disc with the area and centroid of what is covered and its holes."""
     holes = fill(cover > 0.5) & (cover <= 0.5)
     solid = np.where(holes, 1, cover)
     area = solid.sum()

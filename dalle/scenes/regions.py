@@ -41,8 +41,7 @@ def find_regions(picture: Image.Image) -> tuple[Background | None, tuple[Region,
     if background is None:
         return None, ()
     labels = _labels(pixels, ground)
-    masks, holders = _nested(labels, _connected(labels))
-    filled = [fill(mask) for mask in masks]
+    masks, filled, holders = _nested(labels, _connected(labels))
     means = [pixels[_core(mask)].mean(0) for mask in masks]
     regions = []
     for i, mask in enumerate(masks):
@@ -151,16 +150,19 @@ def _core(mask: Mask) -> Mask:
     return core
 
 
-def _nested(labels: Int[np.ndarray, "side side"], masks: list[Mask]) -> tuple[list[Mask], list[list[int]]]:
-    """The masks, and for each of them those that it lies inside of, the innermost first.
+def _nested(
+    labels: Int[np.ndarray, "side side"], masks: list[Mask]
+) -> tuple[list[Mask], list[Mask], list[list[int]]]:
+    """The masks, the largest first; with their holes; and which of them each lies inside of, innermost first.
 
     What shows through a ring's hole is one with what the ring lies on.
     """
-    masks = sorted(masks, key=lambda mask: int(fill(mask).sum()), reverse=True)
-    filled = [fill(mask) for mask in masks]
+    solid = [(mask, fill(mask)) for mask in masks]
+    solid.sort(key=lambda both: int(both[1].sum()), reverse=True)
+    masks, filled = [mask for mask, _ in solid], [area for _, area in solid]
     kept: list[int] = []
     holders: dict[int, list[int]] = {}
-    for i, area in enumerate(filled):  # the large ones first
+    for i, area in enumerate(filled):
         around = [j for j in reversed(kept) if _mostly(filled[j], area, 0.9)]
         shades = [int(labels[masks[j]][0]) for j in (i, *around)]
         if len(around) > 1 and shades[0] == shades[2] != shades[1]:
@@ -168,7 +170,8 @@ def _nested(labels: Int[np.ndarray, "side side"], masks: list[Mask]) -> tuple[li
         else:
             holders[i] = around
             kept.append(i)
-    return [masks[i] for i in kept], [[kept.index(j) for j in holders[i]] for i in kept]
+    places = [[kept.index(j) for j in holders[i]] for i in kept]
+    return [masks[i] for i in kept], [filled[i] for i in kept], places
 
 
 def _mostly(mask: Mask, area: Mask, share: float = 0.5) -> bool:

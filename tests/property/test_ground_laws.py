@@ -50,7 +50,9 @@ def test_a_config_survives_json(config):
     assert from_json(Section, json.loads(json.dumps(to_json(config))), "config.json") == config
 
 
-@given(step=st.integers(0, 10**7), horizon=st.integers(0, 10**7), start=st.floats(-9, 9), end=st.floats(-9, 9))
+@given(
+    step=st.integers(0, 10**7), horizon=st.integers(0, 10**7), start=st.floats(-9, 9), end=st.floats(-9, 9)
+)
 def test_the_cosine_goes_from_start_to_end_and_never_turns_back(step, horizon, start, end):
     here, later = (cosine(s, horizon, start, end) for s in (step, step + 1))
     assert min(start, end) - 1e-9 <= here <= max(start, end) + 1e-9

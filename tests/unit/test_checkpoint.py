@@ -246,7 +246,10 @@ def test_no_state_is_none_and_all_harmed_names_all(tmp_path):
         (save(tmp_path, step) / STATE).unlink()
     found, refused = newest_state(tmp_path)
     assert found is None
-    assert [f"step-0000000{step}" in str(error) for step, error in zip((5, 3), refused, strict=True)] == [True, True]
+    assert [f"step-0000000{step}" in str(error) for step, error in zip((5, 3), refused, strict=True)] == [
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -304,7 +307,9 @@ def refused_weights(folder: Path, model: nn.Module) -> str:
 
 def test_weights_of_another_model_are_refused_with_the_difference(tmp_path):
     save_weights(tmp_path, net(0).state_dict())
-    assert "0.weight has shape (5, 3), its config.json asks for (7, 3)" in refused_weights(tmp_path, net(0, width=7))
+    assert "0.weight has shape (5, 3), its config.json asks for (7, 3)" in refused_weights(
+        tmp_path, net(0, width=7)
+    )
     message = refused_weights(tmp_path, nn.Sequential(nn.Linear(3, 5), nn.Identity(), nn.Linear(5, 2)))
     assert "lacks ['2.bias', '2.weight'] (2 in all)" in message
     assert "has ['1.bias', '1.weight'] (2 in all) too many" in message

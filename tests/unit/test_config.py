@@ -44,7 +44,8 @@ def test_a_setting_reaches_the_section_that_has_the_field_and_no_other_field_cha
     changed = override(SECTIONS, ["width=13", "lr = 1e-5 ", "gain=0.5", "flip=False", "width=17"])
     assert changed["model"] == Model(width=17, gain=0.5)
     assert changed["run"] == Run(lr=1e-5, flip=False)
-    assert SECTIONS == {"model": Model(width=12), "run": Run()}
+    assert SECTIONS["model"] == Model(width=12)
+    assert SECTIONS["run"] == Run()
     assert override(SECTIONS, []) == SECTIONS
 
 

@@ -39,7 +39,11 @@ def test_without_a_terminal_lines_come_now_and_then_and_at_the_end(capsys):
             clock.seconds += 0.05
             bar.show(done, {"loss": "0.5"})
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(" · ")[0] for line in lines] == ["dVAE 400/1,000", "dVAE 700/1,000", "dVAE 1,000/1,000"]
+    assert [line.split(" · ")[0] for line in lines] == [
+        "dVAE 400/1,000",
+        "dVAE 700/1,000",
+        "dVAE 1,000/1,000",
+    ]
     assert lines[0] == "dVAE 400/1,000 · 20 steps/s · 30 s left · loss 0.5"
 
 

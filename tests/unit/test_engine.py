@@ -59,7 +59,9 @@ def test_gradients_do_not_leak_into_the_next_update():
         assert twice.update(1e-2, step)["grad_norm"] == pytest.approx(math.sqrt(22))
 
 
-@pytest.mark.parametrize(("clip", "norm"), [(None, 3 * math.sqrt(22)), (4.0, 4.0), (1000.0, 3 * math.sqrt(22))])
+@pytest.mark.parametrize(
+    ("clip", "norm"), [(None, 3 * math.sqrt(22)), (4.0, 4.0), (1000.0, 3 * math.sqrt(22))]
+)
 def test_the_gradients_norm_is_clipped_and_reported_as_it_was(clip, norm):
     clipped, seen = engine(clip=clip), []
     clipped.optimizer.register_step_pre_hook(
@@ -127,7 +129,9 @@ def test_after_a_few_dropped_updates_in_a_row_the_culprit_is_named(poison, clip)
         return sick.update(1e-2, step)
 
     assert [update(t)["dropped_updates"] for t in range(1, PATIENCE)] == list(range(1, PATIENCE))
-    with pytest.raises(DalleError, match=rf"in {PATIENCE} updates in a row, first in 2\.weight \(1 param") as caught:
+    with pytest.raises(
+        DalleError, match=rf"in {PATIENCE} updates in a row, first in 2\.weight \(1 param"
+    ) as caught:
         update(PATIENCE)
     assert "precision=fp32" in str(caught.value)
 
@@ -162,7 +166,9 @@ def test_averaged_weights_are_lent_and_the_trained_ones_return():
     with lent.averaged() as model:
         assert not model.training
         assert torch.is_inference_mode_enabled()
-        for p, average, first, last in zip(model.parameters(), lent.average.weights, start, trained, strict=True):
+        for p, average, first, last in zip(
+            model.parameters(), lent.average.weights, start, trained, strict=True
+        ):
             assert torch.equal(p, average)
             assert not torch.equal(p, last)
             assert ((p < first) & (p > last)).all()  # between the start and the end of a straight road
@@ -197,7 +203,9 @@ def test_training_goes_on_after_averaged():
 def test_what_is_saved_continues_bit_exactly(layout):
     def fresh(seed):
         torch.manual_seed(seed)
-        return engine(nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 1, 3)).to(memory_format=layout), clip=1.0)
+        return engine(
+            nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 1, 3)).to(memory_format=layout), clip=1.0
+        )
 
     def train(each, steps):
         for step in steps:
@@ -208,7 +216,12 @@ def test_what_is_saved_continues_bit_exactly(layout):
     straight, resumed = fresh(0), fresh(1)
     train(straight, range(1, 4))
     files = straight.tensors()
-    resumed.load({f: {n: t.clone(memory_format=torch.contiguous_format) for n, t in g.items()} for f, g in files.items()})
+    resumed.load(
+        {
+            f: {n: t.clone(memory_format=torch.contiguous_format) for n, t in g.items()}
+            for f, g in files.items()
+        }
+    )
     assert_equal(everything(straight), everything(resumed))
     train(straight, range(4, 6))
     train(resumed, range(4, 6))

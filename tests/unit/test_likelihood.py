@@ -7,7 +7,9 @@ import torch
 
 from stage1_dvae.likelihood import EPSILON, log_density, map_pixels, reconstruction, unmap_pixels
 
-PARAMETERS = pytest.mark.parametrize(("mu", "b"), [(0.0, 0.5), (1.5, 0.1), (-2.0, 0.7), (0.3, 1.0), (-1.0, 2.0)])
+PARAMETERS = pytest.mark.parametrize(
+    ("mu", "b"), [(0.0, 0.5), (1.5, 0.1), (-2.0, 0.7), (0.3, 1.0), (-1.0, 2.0)]
+)
 
 
 def picture(values: torch.Tensor) -> torch.Tensor:
@@ -19,7 +21,9 @@ def test_the_density_integrates_to_one(mu, b):
     # Over u = logit x, where dx = x (1 − x) du; μ is a point of the grid, for the density has a corner there.
     u = mu + torch.linspace(-25, 25, 50_001, dtype=torch.float64)
     x = u.sigmoid()
-    density = log_density(picture(x), picture(torch.full_like(x, mu)), picture(torch.full_like(x, math.log(b))))
+    density = log_density(
+        picture(x), picture(torch.full_like(x, mu)), picture(torch.full_like(x, math.log(b)))
+    )
     mass = torch.trapezoid(density.exp().flatten() * x * (1 - x), u)
     assert mass.item() == pytest.approx(1, abs=1e-4)
 
@@ -28,16 +32,22 @@ def test_the_density_integrates_to_one(mu, b):
 def test_half_of_the_mass_lies_below_the_median(mu, b):
     median = 1 / (1 + math.exp(-mu))
     x = torch.linspace(1e-9, median, 400_001, dtype=torch.float64)
-    density = log_density(picture(x), picture(torch.full_like(x, mu)), picture(torch.full_like(x, math.log(b))))
+    density = log_density(
+        picture(x), picture(torch.full_like(x, mu)), picture(torch.full_like(x, math.log(b)))
+    )
     # b = 2 has an integrable pole at 0, of which a sum sees less
-    assert torch.trapezoid(density.exp().flatten(), x).item() == pytest.approx(0.5, abs=2e-4 if b <= 1 else 2e-2)
+    assert torch.trapezoid(density.exp().flatten(), x).item() == pytest.approx(
+        0.5, abs=2e-4 if b <= 1 else 2e-2
+    )
 
 
 @PARAMETERS
 @pytest.mark.parametrize("x", [0.1, 0.37, 0.5, 0.9])
 def test_it_is_the_papers_formula(x, mu, b):
     by_hand = math.exp(-abs(math.log(x / (1 - x)) - mu) / b) / (2 * b * x * (1 - x))
-    computed = log_density(*(torch.tensor([[[[value]]]], dtype=torch.float64) for value in (x, mu, math.log(b))))
+    computed = log_density(
+        *(torch.tensor([[[[value]]]], dtype=torch.float64) for value in (x, mu, math.log(b)))
+    )
     assert computed.item() == pytest.approx(math.log(by_hand), rel=1e-12)
 
 

@@ -23,7 +23,9 @@ def test_on_a_cpu_auto_is_measured(monkeypatch, bf16, chosen):
 
 @pytest.mark.parametrize(("able", "chosen"), [(True, "bf16"), (False, "fp32")])
 def test_on_a_gpu_auto_is_bf16_where_it_is_real(monkeypatch, able, chosen):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able or including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: able or including_emulation
+    )
     assert choose("auto", CUDA) == chosen
     assert choose("fp32", CUDA) == "fp32"
 

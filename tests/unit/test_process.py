@@ -44,7 +44,7 @@ def test_a_second_process_is_refused_and_a_killed_one_lets_go(tmp_path):
     folder = tmp_path / "new" / "dvae"
     with start(HOLD, folder) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(CheckpointError, match="another process is training in .*dvae: wait for it"):
+        with pytest.raises(CheckpointError, match=r"another process is training in .*dvae: wait for it"):
             only_process(folder).__enter__()
         with only_process(tmp_path / "other"):
             pass
@@ -73,14 +73,14 @@ def test_a_data_worker_that_outlives_the_run_does_not_hold_the_folder(tmp_path):
 
 def test_a_folder_that_cannot_be_written_or_locked_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot write in .*file"):
+    with pytest.raises(CheckpointError, match=r"cannot write in .*file"):
         only_process(tmp_path / "file").__enter__()
 
     def refuse(*_args):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with pytest.raises(CheckpointError, match="cannot lock .*: No locks available"):
+    with pytest.raises(CheckpointError, match=r"cannot lock .*: No locks available"):
         only_process(tmp_path).__enter__()
 
 

@@ -166,7 +166,9 @@ def test_things_happen_in_order(tmp_path):
 
 @pytest.mark.parametrize("save_every", [2, 3])
 @pytest.mark.parametrize("stop_at", range(1, STEPS))
-def test_a_run_stopped_at_any_step_ends_as_an_uninterrupted_one(tmp_path, capsys, uninterrupted, stop_at, save_every):
+def test_a_run_stopped_at_any_step_ends_as_an_uninterrupted_one(
+    tmp_path, capsys, uninterrupted, stop_at, save_every
+):
     stopped = Regression(tmp_path, config(save_every=save_every), stop_at=stop_at)
     assert not stopped.run()
     err = capsys.readouterr().err
@@ -230,7 +232,9 @@ def test_a_finished_run_says_so_and_does_nothing(tmp_path, capsys):
 
 def test_only_so_many_states_are_kept(tmp_path):
     Regression(tmp_path, config(save_every=1, keep=3)).run()
-    assert [path.name for path in state_folders(tmp_path / "state")] == [f"step-0000000{n}" for n in (8, 7, 6)]
+    assert [path.name for path in state_folders(tmp_path / "state")] == [
+        f"step-0000000{n}" for n in (8, 7, 6)
+    ]
 
 
 def test_a_run_whose_weights_could_not_be_written_is_not_taken_for_finished(tmp_path, monkeypatch):

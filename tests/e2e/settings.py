@@ -1,0 +1,21 @@
+"""The options that make training a matter of a second."""
+
+from pathlib import Path
+from typing import Any
+
+
+def options(**settings: Any) -> list[str]:
+    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+COMMON = {"workers": 0, "eval_pictures": 3, "batch_size": 4, "precision": "fp32", "save_every": 2}
+DVAE = options(image_size=16, hidden=4, groups=3, vocab_size=16, codebook_width=6, **COMMON)
+PRIOR = options(width=12, heads=3, depth=3, text_length=29, bpe_vocab=290, bpe_captions=50, **COMMON)
+
+
+def dvae(run: Path, *more: Any, steps: int = 4) -> list[Any]:
+    return ["train-dvae", "--preset", "tiny", "--run", run, "--steps", steps, *DVAE, *more]
+
+
+def prior(run: Path, *more: Any, steps: int = 4) -> list[Any]:
+    return ["train-prior", "--preset", "tiny", "--run", run, "--steps", steps, *PRIOR, *more]

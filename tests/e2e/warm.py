@@ -1,0 +1,121 @@
+"""The commands in processes of their own, without the seconds that importing torch takes.
+
+A server imports everything and forks a process for every command: a real one, which can be killed, with its
+own signals, streams and exit status. The first commands of the road go through the installed script instead.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SERVER = """
+import json, os, sys
+import torch._dynamo
+import cli.main, dalle.pipeline, dalle.drawings, dalle.info, dalle.scenes.source, dalle.data.open
+import stage1_dvae.train, stage1_dvae.released, stage2_prior.train
+
+print("ready", flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.chdir(job["cwd"])
+        for number, name, flags in (
+            (0, job["stdin"], os.O_RDONLY),
+            (1, job["stdout"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+            (2, job["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+        ):
+            os.dup2(os.open(name, flags, 0o600), number)
+        os.environ.update(job["environ"])
+        sys.argv = ["dalle", *job["arguments"]]
+        cli.main.main()
+        sys.exit(0)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@dataclass
+class Done:
+    """How a command ended; `code` is negative for a signal."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def paths(self) -> list[Path]:
+        return [Path(line) for line in self.out.splitlines()]
+
+
+class Command:
+    """A command under way."""
+
+    def __init__(self, server: "Server", folder: Path) -> None:
+        self.server, self.folder, self.pid = server, folder, int(server.read())
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    @property
+    def err(self) -> str:
+        path = self.folder / "stderr"
+        return path.read_text() if path.exists() else ""
+
+    def wait_for(self, words: str, seconds: float = 60.0) -> None:
+        """Wait until it has said these words on standard error."""
+        end = time.monotonic() + seconds
+        while words not in self.err:
+            assert time.monotonic() < end, f"never said {words!r}: {self.err}"
+            time.sleep(0.005)
+
+    def done(self) -> Done:
+        return Done(int(self.server.read()), (self.folder / "stdout").read_text(), self.err)
+
+
+class Server:
+    """One for all tests of a process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.jobs = folder, 0
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert self.read() == "ready"
+
+    def read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def start(
+        self, *arguments: Any, cwd: Path | None = None, stdin: str = "", environ: dict[str, str] | None = None
+    ) -> Command:
+        folder = self.folder / str(self.jobs)
+        folder.mkdir()
+        self.jobs += 1
+        (folder / "stdin").write_text(stdin)
+        job = {
+            "arguments": [str(argument) for argument in arguments],
+            "cwd": str(cwd or folder),
+            "environ": environ or {},
+            **{name: str(folder / name) for name in ("stdin", "stdout", "stderr")},
+        }
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return Command(self, folder)
+
+    def __call__(self, *arguments: Any, **more: Any) -> Done:
+        return self.start(*arguments, **more).done()
+
+    def close(self) -> None:
+        self.process.communicate()

@@ -1,0 +1,125 @@
+"""The files that `sample` and `reconstruct` leave behind."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle.drawings import save_drawings, save_reconstructions
+from dalle.errors import DataError
+from tests import tiny
+
+MADE = {"run": "runs/x", "seed": 3, "temperature": 1.0, "top_k": None, "top_p": None}
+
+
+def pictures(n: int) -> list[Image.Image]:
+    return [tiny.picture(i, (16, 16)) for i in range(n)]
+
+
+def test_one_picture_comes_with_its_facts_and_without_a_sheet(tmp_path):
+    (path,) = save_drawings(tmp_path, pictures(1), ["A red circle!"], 1, MADE)
+    assert path.name == "a-red-circle-seed3-0.png"
+    facts = json.loads(path.with_suffix(".json").read_text())
+    assert facts == {"prompt": "A red circle!", "picture": 0, **MADE}
+    with Image.open(path) as picture:
+        assert picture.text["prompt"] == "A red circle!"
+        assert json.loads(picture.text["seed"]) == 3
+
+
+def test_several_pictures_come_in_order_with_a_sheet_at_the_end(tmp_path):
+    captions = ["a star", "a star", "a ring", "a ring"]
+    paths = save_drawings(tmp_path, pictures(4), captions, 2, MADE)
+    assert [path.name for path in paths] == [
+        "a-star-seed3-0.png", "a-star-seed3-1.png", "a-ring-seed3-0.png", "a-ring-seed3-1.png",
+        "a-star-and-others-seed3-sheet.png",
+    ]  # fmt: skip
+    for path, expected in zip(paths, pictures(4), strict=False):
+        with Image.open(path) as picture:
+            assert picture.tobytes() == expected.tobytes()
+    with Image.open(paths[-1]) as sheet:
+        assert json.loads(sheet.text["prompts"]) == captions
+
+
+@pytest.mark.parametrize(
+    ("prompts", "n"),
+    [
+        (["a red circle", "a red circle."], 1),  # alike but for punctuation
+        (["x" * 70 + "a", "x" * 70 + "b"], 2),  # alike in the part that the name shows
+        (["!!!", "???"], 1),
+        (["a-red circle", "A red, circle"], 3),
+    ],
+)
+def test_every_picture_has_a_file_of_its_own(tmp_path, prompts, n):
+    captions = [prompt for prompt in prompts for _ in range(n)]
+    paths = save_drawings(tmp_path, pictures(len(captions)), captions, n, MADE)
+    assert len(set(paths)) == len(captions) + 1
+    for path, expected, caption in zip(paths, pictures(len(captions)), captions, strict=False):
+        with Image.open(path) as picture:
+            assert picture.tobytes() == expected.tobytes()
+            assert picture.text["prompt"] == caption
+        assert json.loads(path.with_suffix(".json").read_text())["prompt"] == caption
+
+
+def test_a_picture_is_replaced_only_by_the_same_one(tmp_path):
+    def save(n: int, **changes):
+        return save_drawings(tmp_path, pictures(n), ["a star"] * n, n, MADE | changes)
+
+    first = save(2)
+    assert save(2) == first
+    (tmp_path / "a-star-seed3-1.json").write_text("{")  # cut off by a crash: who knows what the picture is
+    warm, other = save(3), save(2, temperature=0.5)
+    assert len({*first, *warm, *other}) == len(first) + len(warm) + len(other)
+    assert save(3) == warm
+    assert save(2, temperature=0.5) == other
+
+
+def test_a_prompt_asked_for_twice_is_one_picture(tmp_path):
+    one = tiny.picture(0, (16, 16))
+    first, second, sheet = save_drawings(tmp_path, [one, one], ["a star", "a star"], 1, MADE)
+    assert first == second
+    assert sheet.name == "a-star-seed3-sheet.png"
+
+
+@pytest.mark.parametrize("prompt", ["../../etc/passwd", "a/b", "..", "빨간 원 왼쪽 " * 20, "𠀋" * 99, "\0 nul", "CON"])
+def test_no_prompt_leads_out_of_the_folder(tmp_path, prompt):
+    (path,) = save_drawings(tmp_path / "out", pictures(1), [prompt], 1, MADE)
+    assert path.parent == tmp_path / "out"
+    assert path.is_file()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_reconstruction_stands_beside_the_middle_of_its_picture(tmp_path):
+    model = tiny.dvae()
+    source = tmp_path / "wide.png"
+    source.write_bytes(tiny.png(1, (48, 16)))
+    (path,) = save_reconstructions(tmp_path / "out", model, [source])
+    with Image.open(path) as pair:
+        assert pair.size == (16 + 2 + 16, 16)
+        left = np.asarray(pair.crop((0, 0, 16, 16)))
+    assert np.array_equal(left, np.asarray(tiny.picture(1, (48, 16)).crop((16, 0, 32, 16))))
+
+
+def test_pictures_of_the_same_name_in_two_folders_keep_their_reconstructions(tmp_path):
+    sources = []
+    for i, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        sources.append(tmp_path / folder / "same.png")
+        sources[-1].write_bytes(tiny.png(i, (16, 16)))
+    paths = save_reconstructions(tmp_path / "out", tiny.dvae(), sources)
+    assert len(set(paths)) == 2
+    lefts = [Image.open(path).crop((0, 0, 16, 16)).tobytes() for path in paths]
+    assert lefts == [tiny.picture(i, (16, 16)).tobytes() for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), (b"text", "not a picture"), (tiny.png(0, (15, 40)), "15×40 pixels")],
+)
+def test_a_picture_that_cannot_be_used_is_named(tmp_path, content, message):
+    source = tmp_path / "odd.png"
+    if content is not None:
+        source.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        save_reconstructions(tmp_path, tiny.dvae(), [source])
+    assert str(source) in str(caught.value)

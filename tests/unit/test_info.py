@@ -1,0 +1,88 @@
+"""What a run folder says about itself."""
+
+import json
+
+import pytest
+
+from dalle.checkpoint import fingerprint, save_state
+from dalle.errors import CheckpointError
+from dalle.info import describe_run, facts_of_run
+from tests import tiny
+
+
+@pytest.fixture
+def run(tmp_path):
+    return tiny.write_run(tmp_path / "run")
+
+
+def count(model) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_both_stages_with_shapes_parameters_and_fingerprints(run):
+    facts = facts_of_run(run)
+    assert facts["run"] == str(run)
+    assert facts["dvae"]["parameters"] == count(tiny.dvae())
+    assert facts["dvae"]["model"]["vocab_size"] == 13
+    assert facts["dvae"]["fingerprint"] == fingerprint(run / "dvae" / "weights.safetensors")
+    words = facts["prior"]["model"]["text_vocab"]
+    assert facts["prior"]["parameters"] == count(tiny.prior(text_length=9, text_vocab=words))
+    assert facts["prior"]["trained_on_dvae"] == facts["dvae"]["fingerprint"]
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def test_steps_and_the_last_of_each_metric(run):
+    lines = [
+        {"step": 10, "loss": 3.0, "grad_norm": 1.0},
+        {"step": 10, "heldout_loss": 2.5},
+        {"step": 20, "loss": 2.0},
+        {"step": 30, "loss": None},
+    ]
+    path = run / "dvae" / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4')
+    facts = facts_of_run(run)["dvae"]
+    assert facts["steps"] == 30
+    assert facts["metrics"] == {"loss": None, "heldout_loss": 2.5}
+    assert "heldout_loss 2.5" in describe_run(facts_of_run(run))
+
+
+def test_states_are_listed_newest_first(run):
+    for step in (5, 10):
+        save_state(run / "prior" / "state", step, {}, {}, keep=2)
+    assert facts_of_run(run)["prior"]["states"] == ["step-00000010", "step-00000005"]
+    assert "to resume from: step-00000010, step-00000005" in describe_run(facts_of_run(run))
+
+
+def test_the_words_name_both_stages_and_what_is_missing(run):
+    words = describe_run(facts_of_run(run))
+    assert words.startswith(str(run))
+    for part in ("dvae: preset tiny", "prior: preset tiny", "vocab_size=13", "depth=3"):
+        assert part in words
+    (run / "prior" / "config.json").unlink()
+    assert "prior: not there yet" in describe_run(facts_of_run(run))
+
+
+def test_a_run_that_has_only_begun_has_no_weights_yet(run):
+    (run / "dvae" / "weights.safetensors").unlink()
+    facts = facts_of_run(run)
+    assert "parameters" not in facts["dvae"]
+    assert "weights none, to resume from: nothing" in describe_run(facts)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "."])
+def test_a_folder_without_a_run_is_told(tmp_path, name):
+    with pytest.raises(CheckpointError, match="is no run folder"):
+        facts_of_run(tmp_path / name)
+
+
+@pytest.mark.parametrize("damage", ["weights", "config", "no model"])
+def test_damage_is_told_by_its_file(run, damage):
+    if damage == "weights":
+        path = run / "dvae" / "weights.safetensors"
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        path = run / "prior" / "config.json"
+        path.write_text('{"format": 1}' if damage == "no model" else "{")
+    with pytest.raises(CheckpointError) as caught:
+        facts_of_run(run)
+    assert str(path) in str(caught.value)

@@ -1,0 +1,199 @@
+"""From prompts to pictures."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from dalle.checkpoint import fingerprint
+from dalle.errors import CheckpointError, ConfigError, DataError
+from dalle.pipeline import AT_ONCE, TextToImage, fingerprint_of
+from stage2_prior.sample import Sampling
+from tests import tiny
+
+PROMPTS = ["a red circle", "a blue star", "a green square"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return tiny.write_run(tmp_path_factory.mktemp("pipeline") / "run")
+
+
+@pytest.fixture(scope="module")
+def model(run) -> TextToImage:
+    return TextToImage.load(run, device="cpu", precision="fp32")
+
+
+def bytes_of(pictures) -> list[bytes]:
+    return [picture.tobytes() for picture in pictures]
+
+
+def test_a_loaded_run_draws_pictures_of_its_size(model):
+    (picture,) = model("a red circle")
+    assert picture.size == (16, 16)
+    assert picture.mode == "RGB"
+
+
+def test_the_first_pictures_are_the_same_however_many_are_drawn(model):
+    assert AT_ONCE == 16
+    many = bytes_of(model(PROMPTS[0], n=19, seed=3))
+    assert bytes_of(model(PROMPTS[0], n=4, seed=3)) == many[:4]
+    assert bytes_of(model(PROMPTS[0], n=17, seed=3)) == many[:17]
+    assert len(set(many)) == 19
+
+
+def test_the_codes_are_the_same_too(model):
+    tokens = model._tokens(PROMPTS[:1])
+    four, sixteen = (model._codes(tokens, 3, range(n), Sampling(), None) for n in (4, 16))
+    assert torch.equal(four, sixteen[:4])
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 17])
+def test_prompts_drawn_together_are_those_drawn_alone_in_their_order(model, n):
+    together = bytes_of(model(PROMPTS, n=n, seed=1))
+    alone = [one for prompt in PROMPTS for one in bytes_of(model(prompt, n=n, seed=1))]
+    assert together == alone
+    assert len(together) == 3 * n
+
+
+def test_the_seed_and_the_prompt_decide(model):
+    one = bytes_of(model(PROMPTS[0], n=2, seed=1))
+    assert bytes_of(model(PROMPTS[0], n=2, seed=1)) == one
+    assert bytes_of(model(PROMPTS[0], n=2, seed=2)) != one
+    assert bytes_of(model(PROMPTS[1], n=2, seed=1)) != one
+
+
+def test_other_random_numbers_have_no_influence(model):
+    torch.manual_seed(1)
+    np.random.seed(1)
+    one = bytes_of(model(PROMPTS[0], seed=5))
+    torch.manual_seed(2)
+    np.random.seed(2)
+    assert bytes_of(model(PROMPTS[0], seed=5)) == one
+
+
+def test_settings_reach_the_choice_of_codes(model):
+    greedy = bytes_of(model(PROMPTS[0], n=3, sampling=Sampling(0.0)))
+    assert len(set(greedy)) == 1
+    assert bytes_of(model(PROMPTS[0], n=3, seed=9, sampling=Sampling(top_k=1))) == greedy
+    assert len(set(bytes_of(model(PROMPTS[0], n=3)))) == 3
+
+
+def test_progress_is_told_token_by_token(model):
+    told = []
+    model(PROMPTS, n=7, on_token=told.append)
+    assert sum(told) == 3 * 7 * 16
+    assert set(told) == {14, 7}  # two prompts beside each other, then the third
+
+
+def test_blanks_around_a_prompt_do_not_count(model):
+    assert bytes_of(model("  a red circle\n")) == bytes_of(model("a red circle"))
+    assert bytes_of(model("A Red CIRCLE")) == bytes_of(model("a red circle"))
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "\n\t"])
+def test_an_empty_prompt_is_refused(model, prompt):
+    with pytest.raises(DataError, match="an empty prompt cannot be drawn"):
+        model([PROMPTS[0], prompt])
+
+
+def test_no_prompts_make_no_pictures(model):
+    assert model([]) == []
+
+
+def test_a_prompt_too_long_is_refused_with_the_limit(model):
+    assert len(model("zzzzzzzz")) == 1  # 8 tokens, as many as there are slots
+    with pytest.raises(DataError, match=r"the prompt 'zzzzzzzzz'… has over 8 tokens.* shorten it"):
+        model("zzzzzzzzz")
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_fewer_than_one_picture_is_refused(model, n):
+    with pytest.raises(DataError, match=f"n={n} pictures cannot be drawn"):
+        model(PROMPTS[0], n=n)
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "copy")
+
+
+def test_loading_needs_neither_states_nor_metrics(run, model):
+    assert {path.name for path in run.rglob("*") if path.is_file()} == {
+        "config.json", "weights.safetensors", "tokenizer.json",
+    }  # fmt: skip
+
+
+def test_what_is_loaded_is_frozen(model):
+    parameters = [*model.prior.parameters(), *model.dvae.parameters()]
+    assert not any(p.requires_grad or p.is_meta for p in parameters)
+    assert not model.prior.training
+    assert not model.dvae.training
+
+
+@pytest.mark.parametrize(("stage", "command"), [("dvae", "train-dvae"), ("prior", "train-prior")])
+def test_a_missing_stage_is_told_with_the_command_that_makes_it(copy, stage, command):
+    (copy / stage / "weights.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=f"holds no trained {stage}: `dalle {command} --run"):
+        TextToImage.load(copy)
+    shutil.rmtree(copy / stage)
+    with pytest.raises(CheckpointError, match=f"holds no trained {stage}"):
+        TextToImage.load(str(copy))
+
+
+def test_a_replaced_dvae_is_refused_with_both_fingerprints(copy):
+    trained_on = fingerprint_of(copy)
+    tiny.write_dvae(copy, seed=1)
+    present = fingerprint(copy / "dvae" / "weights.safetensors")
+    assert trained_on != present
+    with pytest.raises(CheckpointError, match=f"trained on the dVAE {trained_on}, but .* is {present}"):
+        TextToImage.load(copy)
+
+
+def test_a_replaced_tokenizer_is_refused(copy):
+    from dalle.text import Tokenizer
+
+    other = Tokenizer.train(["some quite different captions"] * 9, 280)
+    other.save(copy / "prior" / "tokenizer.json")
+    with pytest.raises(CheckpointError, match=f"the tokenizer .* is {other.fingerprint()}"):
+        TextToImage.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "what"),
+    [
+        ("dvae", lambda: tiny.dvae(vocab_size=17), "codes is 13 in the prior, 17"),
+        ("dvae", lambda: tiny.dvae(groups=2), "grid is 4 in the prior, 8"),
+        ("prior", lambda: tiny.prior(text_vocab=99), "text tokens is 99 in the prior"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(model, part, change, what):
+    with pytest.raises(CheckpointError, match=what):
+        dataclasses.replace(model, **{part: change()})
+
+
+def test_broken_weights_are_told(copy):
+    from safetensors.torch import load_file, save_file
+
+    path = copy / "prior" / "weights.safetensors"
+    weights = load_file(path)
+    weights["image_head.bias"][3] = torch.nan
+    save_file(weights, path)
+    with pytest.raises(ConfigError, match="not finite"):
+        TextToImage.load(copy, precision="fp32")(PROMPTS[0])
+
+
+def test_half_precision_draws_too(run):
+    model = TextToImage.load(run, precision="bf16")
+    assert len(set(bytes_of(model(PROMPTS[0], n=2)))) == 2
+
+
+def test_the_pictures_are_the_decoded_codes(model):
+    codes = model._codes(model._tokens(PROMPTS[:1]), 0, range(2), Sampling(), None)
+    decoded = (model.dvae.decode(codes) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    for picture, expected in zip(model(PROMPTS[0], n=2), decoded, strict=True):
+        assert np.array_equal(np.asarray(picture), expected)
+
+

@@ -1,0 +1,189 @@
+"""What a training command is to do."""
+
+import dataclasses
+import json
+
+import pytest
+
+from dalle.checkpoint import write_json
+from dalle.errors import CheckpointError, ConfigError
+from dalle.runs import HORIZONS, Options, Plan, plan
+from dalle.training import CHANGEABLE
+from stage1_dvae.config import PRESETS as DVAE_PRESETS
+from stage1_dvae.config import DVAEConfig, DVAETraining
+from stage2_prior.config import PRESETS as PRIOR_PRESETS
+
+MODEL = DVAEConfig(image_size=16, vocab_size=13, hidden=4, codebook_width=6, groups=2, blocks_per_group=1)
+TRAINING = DVAETraining(batch_size=4, steps=1000, lr_steps=900, beta_steps=500, tau_steps=700, warmup=50)
+PRESETS = {"tiny": (MODEL, TRAINING), "large": (MODEL, dataclasses.replace(TRAINING, batch_size=64))}
+
+
+def resolve(run, *settings: str, **options) -> Plan:
+    given = Options(run, settings=settings, **options)
+    return plan(given, "dvae", PRESETS, default_preset="tiny", default_data="scenes")
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A run that was started with 500 steps."""
+    resolve(tmp_path, data="pictures", steps=500).write(dvae="0123")
+    return tmp_path
+
+
+def test_without_options_it_is_the_default_preset_on_the_default_data(tmp_path):
+    assert resolve(tmp_path) == Plan(tmp_path / "dvae", "tiny", "scenes", MODEL, TRAINING, resumed=False)
+
+
+def test_options_choose_the_preset_the_data_and_single_settings(tmp_path):
+    chosen = resolve(tmp_path, "hidden=8", "lr=0.5", preset="large", data="my/pictures")
+    assert (chosen.preset, chosen.data) == ("large", "my/pictures")
+    assert chosen.model == dataclasses.replace(MODEL, hidden=8)
+    assert chosen.training == dataclasses.replace(TRAINING, batch_size=64, lr=0.5)
+
+
+@pytest.mark.parametrize(("name", "hint"), [("tinny", "did you mean 'tiny'"), ("x", "choose from tiny, large")])
+def test_an_unknown_preset_is_refused(tmp_path, name, hint):
+    with pytest.raises(ConfigError, match=f"unknown preset '{name}'; {hint}"):
+        resolve(tmp_path, preset=name)
+
+
+@pytest.mark.parametrize("given", [{"steps": 300}, {"settings": ("steps=300",)}])
+def test_horizons_scale_with_the_steps(tmp_path, given):
+    settings = given.pop("settings", ())
+    training = resolve(tmp_path, *settings, **given).training
+    expected = (300, 270, 150, 210, 15)
+    assert (
+        training.steps, training.lr_steps, training.beta_steps, training.tau_steps, training.warmup
+    ) == expected  # fmt: skip
+
+
+def test_a_horizon_that_is_set_stays(tmp_path):
+    training = resolve(tmp_path, "tau_steps=123", " warmup =7", steps=2000).training
+    assert (training.tau_steps, training.warmup) == (123, 7)
+    assert (training.lr_steps, training.beta_steps) == (1800, 1000)
+
+
+def test_everything_else_stays_when_the_steps_change(tmp_path):
+    long, short = (dataclasses.asdict(resolve(tmp_path, steps=n).training) for n in (1000, 10))
+    assert {name for name in long if long[name] != short[name]} == {
+        "steps", "lr_steps", "beta_steps", "tau_steps", "warmup",
+    }  # fmt: skip
+
+
+def test_every_span_of_steps_in_the_presets_is_a_horizon():
+    for presets in (DVAE_PRESETS, PRIOR_PRESETS):
+        for _, training in presets.values():
+            spans = {f.name for f in dataclasses.fields(training) if "updates over which" in f.metadata["doc"]}
+            assert spans <= set(HORIZONS)
+    assert {"patience", "warmup"} <= set(HORIZONS)
+
+
+def test_steps_of_zero_leave_horizons_of_zero(tmp_path):
+    training = resolve(tmp_path, steps=0).training
+    assert (training.steps, training.lr_steps, training.warmup) == (0, 0, 0)
+
+
+def test_config_json_holds_all_that_was_resolved(begun):
+    saved = json.loads((begun / "dvae" / "config.json").read_text())
+    assert (saved["format"], saved["preset"], saved["data"], saved["dvae"]) == (1, "tiny", "pictures", "0123")
+    assert DVAEConfig(**saved["model"]) == MODEL
+    assert DVAETraining(**saved["training"]) == dataclasses.replace(
+        TRAINING, steps=500, lr_steps=450, beta_steps=250, tau_steps=350, warmup=25
+    )
+
+
+def test_a_run_is_continued_with_its_own_configuration(begun):
+    first, again = resolve(begun, preset=None), resolve(begun, data="pictures", preset="tiny", steps=500)
+    assert first == again
+    assert first.resumed
+    assert (first.data, first.training.steps, first.training.lr_steps) == ("pictures", 500, 450)
+
+
+def test_a_continued_run_does_not_follow_a_changed_preset(begun, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", (MODEL, dataclasses.replace(TRAINING, lr=0.125)))
+    assert resolve(begun).training.lr == TRAINING.lr
+
+
+def test_more_steps_go_on_along_the_same_schedules(begun):
+    longer = resolve(begun, steps=800).training
+    assert (longer.steps, longer.lr_steps, longer.warmup) == (800, 450, 25)
+
+
+@pytest.mark.parametrize("name", sorted(CHANGEABLE))
+def test_what_cannot_change_the_course_may_be_set_anew(begun, name):
+    old = getattr(resolve(begun).training, name)
+    value = "true" if isinstance(old, bool) else str(old + 1)
+    assert getattr(resolve(begun, f"{name}={value}").training, name) != old
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        (("lr=0.5",), {}, r"started with lr=0.0001, not 0.5"),
+        (("hidden=8",), {}, r"started with hidden=4, not 8"),
+        (("batch_size=8",), {}, r"started with batch_size=4, not 8"),
+        (("seed=1",), {}, r"started with seed=0, not 1"),
+        ((), {"preset": "large"}, r"started with --preset tiny, not large"),
+        ((), {"data": "scenes"}, r"started with --data pictures, not scenes"),
+    ],
+)
+def test_a_contradiction_is_refused_in_one_line_with_the_way_out(begun, settings, options, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        resolve(begun, *settings, **options)
+    assert str(caught.value).startswith(f"{begun / 'dvae'} was started with")
+    assert "keep it, or use another --run" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_repeating_what_is_so_is_no_contradiction(begun):
+    assert resolve(begun, "lr=1e-4", "hidden=4", preset="tiny") == resolve(begun)
+
+
+def test_an_unknown_preset_is_named_on_a_continued_run_too(begun):
+    with pytest.raises(ConfigError, match="tyni"):
+        resolve(begun, preset="tyni")
+
+
+def test_an_imported_model_has_no_training_to_continue(tmp_path):
+    write_json(tmp_path / "dvae" / "config.json", {"format": 1, "preset": "imported", "model": {}})
+    with pytest.raises(ConfigError, match="imported model without a training run"):
+        resolve(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "damaged or of another program"),
+        ('{"format": 2}', "newer version"),
+        ('{"training": {}, "model": {"width": 3}, "preset": "tiny", "data": "scenes"}', "DVAEConfig"),
+        ('{"training": {"steps": "5"}, "model": {}, "preset": "tiny", "data": "scenes"}', "steps|missing"),
+        ('{"training": {}, "preset": "tiny", "data": "scenes"}', "config.json"),
+        ('{"training": {}, "model": {}}', "config.json"),
+        ('{"training": 3, "model": {}, "preset": "tiny", "data": "scenes"}', "config.json"),
+    ],
+)
+def test_a_damaged_config_is_told_and_kept(tmp_path, content, message):
+    path = tmp_path / "dvae" / "config.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        resolve(tmp_path)
+    assert path.read_text() == content
+
+
+def test_resolving_writes_nothing(tmp_path):
+    resolve(tmp_path / "run", steps=3)
+    assert not (tmp_path / "run").exists()
+
+
+def test_show_names_every_setting_with_its_meaning_and_the_papers_value(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    resolve(tmp_path).show()
+    shown = capsys.readouterr().out
+    for section in (MODEL, TRAINING):
+        for field in dataclasses.fields(section):
+            assert field.name in shown
+            assert field.metadata["doc"]
+    assert "1,200,000" in shown
+    assert "preset tiny, data scenes" in shown
