@@ -87,7 +87,7 @@ def train_prior(
     from dalle.checkpoint import read_json
     from dalle.pipeline import fingerprint_of
     from dalle.precision import best_device
-    from dalle.runs import Options
+    from dalle.runs import Options, machine_preset
     from stage1_dvae.model import DVAE
     from stage2_prior.train import Codes, resolve, train
 
@@ -105,7 +105,11 @@ def train_prior(
         dvae.decode,
         fingerprint_of(run),
     )
-    suits: dict[str, str] = {"preset": began.get("preset", "small"), "data": began.get("data", "scenes")}
+    imported = "training" not in began
+    suits = {
+        "preset": machine_preset() if imported else began["preset"],
+        "data": "scenes" if imported else began["data"],
+    }
     options = Options(run, data, preset, steps, tuple(settings or ()))
     if show_config:
         resolve(options, codes, **suits).show()

@@ -79,7 +79,7 @@ def describe_run(facts: dict[str, Any]) -> str:
             lines.append(f"  {stage}: not there yet")
             continue
         f = facts[stage]
-        trained = f"{f['steps']:,} of {f['of']:,} steps on {f['data']}" if f["of"] else "imported"
+        trained = f"{f['steps']:,} of {f['of']:,} steps on {f['data']}" if f["of"] else "not trained here"
         lines.append(f"  {stage}: preset {f['preset']}, {f.get('parameters', 0):,} parameters, {trained}")
         lines.append("    " + ", ".join(f"{k}={v}" for k, v in f["model"].items()))
         if f["metrics"]:

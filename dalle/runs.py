@@ -13,6 +13,7 @@ from rich.text import Text
 from dalle.checkpoint import FORMAT, read_json, write_json
 from dalle.config import describe, from_json, override, preset, to_json
 from dalle.errors import ConfigError
+from dalle.precision import best_device
 from dalle.training import CHANGEABLE, Training
 
 HORIZONS = ("warmup", "lr_steps", "beta_steps", "tau_steps", "patience")  # spans within `steps`
@@ -52,6 +53,11 @@ class Plan:
         for row in describe({"model": self.model, "training": self.training}):
             table.add_row(*map(Text, row))
         Console().print(table)
+
+
+def machine_preset() -> str:
+    """The preset that suits this machine."""
+    return "small" if best_device().type == "cuda" else "tiny"
 
 
 def plan(

@@ -17,7 +17,7 @@ from dalle.engine import Engine
 from dalle.optim import AdamW, Average, parameter_count
 from dalle.pictures import grid, save_png, to_images, to_pixels
 from dalle.precision import best_device, choose
-from dalle.runs import Options, Plan, plan
+from dalle.runs import Options, Plan, machine_preset, plan
 from dalle.schedules import cosine, warmup
 from dalle.training import fit, keyed
 from stage1_dvae.codebook import ALARM, CodebookWindow
@@ -34,8 +34,7 @@ DRAWN_AT_ONCE = 64  # held-out pictures in one forward pass
 
 def resolve(options: Options) -> Plan:
     """What `train` would do for these options."""
-    suits = "small" if best_device().type == "cuda" else "tiny"
-    return plan(options, "dvae", PRESETS, default_preset=suits)
+    return plan(options, "dvae", PRESETS, default_preset=machine_preset())
 
 
 def train(options: Options) -> bool:

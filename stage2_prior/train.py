@@ -223,7 +223,7 @@ class Stage2:
         self.heldout_codes = torch.cat([self.encode(part) for part in heldout[0].split(AT_ONCE)])
         counts = torch.bincount(self.heldout_codes.flatten(), minlength=codes.vocab_size).double()
         p = counts[counts > 0] / counts.sum()
-        self.unigram_entropy = float(-(p * p.log()).sum())
+        self.unigram_entropy = float((p * -p.log()).sum())
         self.prompts = prompts
         rows = [fit_text(tokenizer.encode(prompt), run.model.text_length - 1)[0] for prompt in prompts]
         self.prompt_tokens = torch.from_numpy(np.stack(rows)).to(self.heldout_tokens.device)

@@ -244,7 +244,7 @@ def _gallery() -> tuple[
 
 
 def _disc(cover: Cover) -> tuple[float, float, float]:
-    """Centre and radius, in pixels, of the disc with the area and centroid of what is covered and its holes."""
+    """Centre and radius, in pixels, of the disc with the area and centroid of the covered and its holes."""
     holes = fill(cover > 0.5) & (cover <= 0.5)
     solid = np.where(holes, 1, cover)
     area = solid.sum()

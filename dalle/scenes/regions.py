@@ -43,16 +43,18 @@ def find_regions(picture: Image.Image) -> tuple[Background | None, tuple[Region,
     labels = _labels(pixels, ground)
     masks, filled, holders = _nested(labels, _connected(labels))
     means = [pixels[_core(mask)].mean(0) for mask in masks]
+    owner = np.full(labels.shape, -1)
+    for i, mask in enumerate(masks):
+        owner[mask] = i
     regions = []
     for i, mask in enumerate(masks):
         paint = int(labels[mask][0]) - 1
         stray = float(np.linalg.norm(means[i] - _PAINTS[paint]))
         near = grow(grow(mask))
         around = holders[i][0] if holders[i] else None
-        lies_on = around if around is not None and _mostly(masks[around], near & ~mask) else None
-        others = [masks[j] for j in range(len(masks)) if j not in (i, lies_on)]
-        cover = _cover(pixels, means[i], ground if lies_on is None else means[lies_on])
-        cover[np.logical_or.reduce([~near, *others])] = 0
+        lies_on = around if around is not None and _mostly(masks[around], near & ~mask) else i
+        cover = _cover(pixels, means[i], ground if lies_on == i else means[lies_on])
+        cover[~near | (owner >= 0) & (owner != i) & (owner != lies_on)] = 0
         on_top = [grow(filled[j]) for j in range(len(masks)) if i in holders[j]]
         hidden = np.logical_or.reduce(on_top) if on_top else None
         regions.append(Region(_COLOURS[paint], stray, cover, hidden, around))
@@ -157,13 +159,15 @@ def _nested(
 
     What shows through a ring's hole is one with what the ring lies on.
     """
-    solid = [(mask, fill(mask)) for mask in masks]
-    solid.sort(key=lambda both: int(both[1].sum()), reverse=True)
-    masks, filled = [mask for mask, _ in solid], [area for _, area in solid]
+    filled = [fill(mask) for mask in masks]
+    order = sorted(range(len(masks)), key=lambda i: int(filled[i].sum()), reverse=True)
+    masks, filled = [masks[i] for i in order], [filled[i] for i in order]
+    flat = np.array(filled, dtype=np.float32).reshape(len(masks), labels.size)
+    common = flat @ flat.T
     kept: list[int] = []
     holders: dict[int, list[int]] = {}
-    for i, area in enumerate(filled):
-        around = [j for j in reversed(kept) if _mostly(filled[j], area, 0.9)]
+    for i in range(len(masks)):
+        around = [j for j in reversed(kept) if common[i, j] > 0.9 * common[i, i]]
         shades = [int(labels[masks[j]][0]) for j in (i, *around)]
         if len(around) > 1 and shades[0] == shades[2] != shades[1]:
             masks[around[1]] = masks[around[1]] | masks[i]
@@ -174,9 +178,9 @@ def _nested(
     return [masks[i] for i in kept], [filled[i] for i in kept], places
 
 
-def _mostly(mask: Mask, area: Mask, share: float = 0.5) -> bool:
-    """Whether the mask has more than `share` of the area."""
-    return bool((mask & area).sum() > share * area.sum())
+def _mostly(mask: Mask, area: Mask) -> bool:
+    """Whether the mask has more than half of the area."""
+    return bool(2 * (mask & area).sum() > area.sum())
 
 
 def _cover(pixels: Pixels, colour: Mean, under: Mean) -> Cover:

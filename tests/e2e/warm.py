@@ -15,7 +15,7 @@ from typing import Any
 
 SERVER = """
 import json, os, sys
-import torch._dynamo
+import pydantic, torch._dynamo  # both are loaded late, by typer and by the first optimizer
 import cli.main, dalle.pipeline, dalle.drawings, dalle.info, dalle.scenes.source, dalle.data.open
 import stage1_dvae.train, stage1_dvae.released, stage2_prior.train
 

@@ -116,6 +116,41 @@ def test_a_full_disk_at_any_point_leaves_the_earlier_states_alone(tmp_path):
     assert points >= 8
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python ≥ 3.12
+def test_a_kill_at_any_point_leaves_the_earlier_states_alone(tmp_path, monkeypatch):
+    save(tmp_path / "before", 3)
+    for allowed in range(99):
+        folder = tmp_path / str(allowed)
+        shutil.copytree(tmp_path / "before", folder)
+        if (child := os.fork()) == 0:
+            monkeypatch.setattr(checkpoint, "unwritable", lambda *_: os._exit(9))
+            monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the dead do not tidy up
+            Full(monkeypatch, allowed)
+            save(folder, 5)
+            os._exit(0)
+        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        found, refused = newest_state(folder)
+        assert found[0]["step"] in (3, 5)
+        assert not refused
+        if killed == 0:
+            assert allowed >= 8
+            return
+    raise AssertionError("never succeeded")
+
+
+def test_a_state_takes_its_name_in_one_step(tmp_path, monkeypatch):
+    renamed, replace = [], os.replace
+
+    def rename(a, b):
+        renamed.append((Path(a).name, Path(b).name, sorted(files(Path(a)))))
+        replace(a, b)
+
+    monkeypatch.setattr(os, "replace", rename)
+    save(tmp_path, 5)
+    whole = ["moments.safetensors", "state.json", "weights.safetensors"]
+    assert renamed == [("step-00000005.partial", "step-00000005", whole)]
+
+
 def test_a_full_disk_at_any_point_leaves_the_earlier_weights_alone(tmp_path):
     save_weights(tmp_path / "before", net(0).state_dict())
     old = (tmp_path / "before" / "weights.safetensors").read_bytes()

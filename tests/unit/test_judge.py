@@ -175,15 +175,15 @@ def true_of(facts, scene):
 
 
 def test_a_strange_caption_passes_exactly_where_it_happens_to_be_true():
-    """Of another scene's captions one in a few hundred is true; half of those tried here are of that kind."""
-    examples = made("train", 60) + made("heldout", 60)
-    pairs = list(product(range(len(examples)), repeat=2))
-    chosen = [(a, b) for a, b in pairs if a != b and true_of(examples[b][2], examples[a][0])]
-    assert 20 < len(chosen) < 0.01 * len(pairs)
-    chosen += pairs[:: len(pairs) // 200]
-    readings = {a: read(examples[a][1]) for a, _ in chosen}
-    for a, b in chosen:
-        assert compare(readings[a], examples[b][2]).right == true_of(examples[b][2], examples[a][0])
+    """Of another scene's captions one in a thousand is true, but half of those tried here."""
+    source = Scenes("heldout")
+    examples = [(source.scene(i), source.facts(i)) for i in range(300)]
+    pairs = [(a, b) for a, b in product(range(300), repeat=2) if a != b]
+    true = [(a, b) for a, b in pairs if true_of(examples[b][1], examples[a][0])]
+    assert 50 < len(true) < 0.003 * len(pairs)
+    for a, b in true + pairs[:: len(pairs) // 80]:
+        scene, facts = examples[a][0], examples[b][1]
+        assert judge(draw(scene, 64), facts).right == true_of(facts, scene)
 
 
 def test_noise_and_blank_pictures_show_nothing():

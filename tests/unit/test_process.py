@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,11 +34,17 @@ with stop_signals() as stopped:
 """
 
 
-def start(code: str, *args: object) -> subprocess.Popen:
-    return subprocess.Popen(
+@contextmanager
+def start(code: str, *args: object):
+    process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, args)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_second_process_is_refused_and_a_killed_one_lets_go(tmp_path):
@@ -54,6 +61,7 @@ def test_a_second_process_is_refused_and_a_killed_one_lets_go(tmp_path):
             pass
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python ≥ 3.12
 def test_a_data_worker_that_outlives_the_run_does_not_hold_the_folder(tmp_path):
     pipe, other = os.pipe()
     with only_process(tmp_path):
@@ -65,7 +73,6 @@ def test_a_data_worker_that_outlives_the_run_does_not_hold_the_folder(tmp_path):
     try:
         with start(HOLD, tmp_path) as holder:
             assert holder.stdout.readline() == "held\n"
-            holder.kill()
     finally:
         os.close(other)
         os.waitpid(child, 0)

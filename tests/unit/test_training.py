@@ -281,6 +281,7 @@ def test_skipped_pictures_are_named_once(tmp_path, capsys):
     assert "1 pictures were skipped" in err
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python ≥ 3.12
 def test_the_folder_is_held_while_training_and_free_afterwards(tmp_path, monkeypatch):
     task, held = Regression(tmp_path, config(steps=1)), []
 
