@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +187,11 @@ def save_state(
         raise unwritable(target, error) from error
     later = [path for path in state_folders(folder) if path > target]
     stale = [path for path in state_folders(folder) if path <= target][keep:]
-    for old in [*later, *stale, *folder.glob("step-*.partial")]:
-        shutil.rmtree(old, ignore_errors=True)
+    for old in [*later, *stale]:
+        with suppress(OSError):  # under another name, so that one half deleted does not pass for a state
+            os.replace(old, old.with_name(f"{old.name}.partial"))
+    for left in folder.glob("step-*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
     return target
 
 

@@ -155,7 +155,8 @@ def fit(task: Task, engine: Engine, loader: Loader, config: Training, folder: Pa
                     say(f"{task.label}: about {duration(bar.left(step))} for the remaining steps")
                 if step % config.log_every == 0 or last:
                     log.write(step, window.close())
-                bar.show(step, {"loss": f"{metrics['loss']:.4g}"})
+                tokens = bar.rate(step) * config.batch_size * task.tokens_per_picture
+                bar.show(step, {"tokens/s": f"{tokens:,.0f}", "loss": f"{metrics['loss']:.4g}"})
                 with clock.paused():
                     if step % config.eval_every == 0 or last:
                         with engine.averaged():

@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 SERVER = """
-import json, os, sys
-import pydantic, torch._dynamo  # both are loaded late, by typer and by the first optimizer
+import gc, json, os, sys
+import contextlib
+with contextlib.suppress(ImportError):
+    import pydantic  # which typer loads late where it is installed
+import torch._dynamo  # which the first optimizer loads
 import cli.main, dalle.pipeline, dalle.drawings, dalle.info, dalle.scenes.source, dalle.data.open
 import stage1_dvae.train, stage1_dvae.released, stage2_prior.train
 
+gc.freeze()  # or every process would spend a second on looking through all this at its end
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)

@@ -158,9 +158,10 @@ def test_no_uniform_draw_makes_infinite_noise(monkeypatch):
         return torch.tensor([0.0, 1 - 2**-24]).expand(shape).clone()  # the least and greatest of torch.rand
 
     monkeypatch.setattr(torch, "rand", extremes)
-    relaxed = relax(logits(0.0, 0.0, n=1), 1 / 16, seeded())
-    assert relaxed.isfinite().all()
-    assert relaxed[0, 0, 0].tolist() == pytest.approx([0, 1])
+    relaxed = relax(logits(0.0, 0.0, n=1), 10.0, seeded())
+    # noise −ln(25 ln 2) = −2.85 and 24 ln 2 = 16.64
+    smaller = 1 / (1 + math.exp((16.64 + 2.85) / 10))
+    assert relaxed[0, 0, 0].tolist() == pytest.approx([smaller, 1 - smaller], rel=1e-3)
 
 
 def test_both_halves_learn_from_the_loss(model):

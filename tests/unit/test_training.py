@@ -274,6 +274,21 @@ def test_states_of_which_none_is_whole_are_not_overwritten_by_a_new_start(tmp_pa
     assert task.events == []
 
 
+@pytest.mark.parametrize(("steps", "copies"), [(2, 0), (3, 1), (7, 2)])
+def test_updates_are_counted_from_1_for_the_average(tmp_path, monkeypatch, steps, copies):
+    task, seen = Regression(tmp_path, config(steps=steps, ema_every=3)), []
+    update = task.engine.average.update
+
+    def watch(parameters, step):
+        before = task.engine.average.weights[0].clone()
+        update(parameters, step)
+        seen.append(not torch.equal(before, task.engine.average.weights[0]))
+
+    monkeypatch.setattr(task.engine.average, "update", watch)
+    task.run()
+    assert [step for step, moved in enumerate(seen, 1) if moved] == [3, 6][:copies]
+
+
 def test_skipped_pictures_are_named_once(tmp_path, capsys):
     Regression(tmp_path, config()).run()
     err = capsys.readouterr().err

@@ -1,0 +1,136 @@
+"""A training that was killed, or stopped, ends as if it had not been."""
+
+import json
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from dalle.checkpoint import load_state, state_folders
+from dalle.metrics import read_metrics
+from tests.e2e.settings import dvae, options, prior
+
+STEPS = 30
+LAST = f"step-{STEPS:08d}"
+OFTEN = options(save_every=2, eval_every=10, log_every=1)
+# Measured, and so never the same twice.
+CLOCK = ("seconds", "pictures_per_second", "tokens_per_second", "data_wait")
+COMMANDS = {"dvae": dvae, "prior": prior}
+
+
+def result(folder: Path) -> dict[str, object]:
+    """All that a finished run holds, but for what a clock has measured."""
+    files = {path.name: path.read_bytes() for path in sorted((folder / "state" / LAST).iterdir())}
+    lines = [{k: v for k, v in line.items() if k not in CLOCK} for line in read_metrics(folder)]
+    drawn = {path.name: path.read_bytes() for path in (folder / "pictures").iterdir()}
+    weights = (folder / "weights.safetensors").read_bytes()
+    return {**files, "weights of the model": weights, "metrics": lines, **drawn}
+
+
+def assert_same(one: dict[str, object], other: dict[str, object]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+@pytest.fixture(scope="module")
+def straight(dalle, tmp_path_factory) -> Path:
+    """Both stages, trained without a break."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    for command in COMMANDS.values():
+        done = dalle(*command(run, *OFTEN, steps=STEPS))
+        assert done.code == 0, done.err
+    return run
+
+
+def begin(straight: Path, tmp_path: Path, stage: str) -> Path:
+    run = tmp_path / "run"
+    if stage == "prior":
+        shutil.copytree(straight / "dvae", run / "dvae")
+    return run
+
+
+@pytest.mark.parametrize("stage", ["dvae", "prior"])
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(dalle, straight, tmp_path, stage):
+    run, arguments = begin(straight, tmp_path, stage), None
+    arguments = COMMANDS[stage](run, *OFTEN, steps=STEPS)
+    moments, ends = random.Random(2), []
+    while not ends or ends[-1] != 0:
+        command = dalle.start(*arguments)
+        if len(ends) < 6:
+            # Its first seconds are always the same, so wait for them; then anything may be under way.
+            if moments.random() < 0.8:
+                command.wait_for("going on from step" if state_folders(run / stage / "state") else " · cpu fp32")
+            time.sleep(moments.random() ** 2 * 0.8)
+            command.signal(signal.SIGKILL)
+        ends.append(command.done().code)
+        assert ends[-1] in (0, -signal.SIGKILL)
+        for path in state_folders(run / stage / "state"):
+            load_state(path)  # what is there is whole
+    assert -signal.SIGKILL in ends
+    assert_same(result(run / stage), result(straight / stage))
+    assert not list(run.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stage", ["dvae", "prior"])
+def test_a_stop_saves_first_and_the_same_command_goes_on(dalle, straight, tmp_path, stage, number):
+    run = begin(straight, tmp_path, stage)
+    rarely = options(save_every=1000, eval_every=10, log_every=1)
+    arguments = COMMANDS[stage](run, *rarely, steps=STEPS)
+    first = COMMANDS[stage](run, *rarely, steps=STEPS)
+    command = dalle.start(*first)
+    command.wait_for(" · cpu fp32")
+    metrics = run / stage / "metrics.jsonl"
+    while not metrics.exists() or not metrics.read_text():
+        time.sleep(0.002)
+    command.signal(number)
+    done = command.done()
+    assert "finishing this step and saving" in done.err
+    assert "Traceback" not in done.err
+    (saved,) = state_folders(run / stage / "state")
+    step = json.loads((saved / "state.json").read_text())["step"]
+    assert 1 <= step < STEPS, "it was through before the signal came"
+    assert done.code == 1
+    assert f"stopped after step {step} of {STEPS}, saved; the same command goes on" in done.err
+    assert (run / stage / "weights.safetensors").is_file()
+
+    done = dalle(*arguments)
+    assert done.code == 0, done.err
+    assert f"going on from step {step} in" in done.err
+    assert_same(result(run / stage), result(straight / stage))
+
+
+def test_more_steps_on_a_finished_run_train_on(dalle, straight, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight / "dvae", run / "dvae")
+    done = dalle("train-dvae", "--run", run, "--steps", STEPS + 2)
+    assert done.code == 0, done.err
+    assert f"going on from step {STEPS}" in done.err
+    assert read_metrics(run / "dvae")[-1]["step"] == STEPS + 2
+
+
+def test_a_damaged_newest_state_is_told_and_the_one_before_it_used(dalle, straight, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight / "dvae", run / "dvae")
+    damaged = run / "dvae" / "state" / LAST / "moments.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    done = dalle(*dvae(run, *OFTEN, steps=STEPS))
+    assert done.code == 0, done.err
+    assert "moments.safetensors is not what was saved" in done.err
+    assert f"going on from step {STEPS - 2}" in done.err
+    assert_same(result(run / "dvae"), result(straight / "dvae"))
+
+
+def test_two_processes_do_not_train_in_one_folder(dalle, tmp_path):
+    run = tmp_path / "run"
+    assert dalle(*dvae(run, steps=1)).code == 0
+    import fcntl
+
+    with (run / "dvae" / ".lock").open("a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        done = dalle(*dvae(run, steps=2))
+    assert done.code == 2
+    assert "error: another process is training in" in done.err
