@@ -62,7 +62,8 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
         _sync(path.parent)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # where its folder could not be made, either
+            partial.unlink(missing_ok=True)
         if isinstance(error, (OSError, SafetensorError)):
             raise unwritable(path, error) from error
         raise

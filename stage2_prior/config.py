@@ -100,7 +100,7 @@ PRESETS: dict[str, tuple[PriorConfig, PriorTraining]] = {
         PriorConfig(text_length=48, depth=4, width=128, heads=4),
         PriorTraining(
             batch_size=16,
-            steps=2_000,
+            steps=1_500,
             lr=2e-3,
             lr_end=5e-5,
             warmup=50,

@@ -111,7 +111,12 @@ class Prior:
         for u in uniform:
             unknown = [0] * (self.config.grid**2 - len(codes))
             codes.append(
-                pick(self.logits(tokens, codes + unknown)[1][len(codes)], u, temperature=temperature, top_k=top_k)
+                pick(
+                    self.logits(tokens, codes + unknown)[1][len(codes)],
+                    u,
+                    temperature=temperature,
+                    top_k=top_k,
+                )
             )
         return codes
 

@@ -162,12 +162,12 @@ def _nested(
     filled = [fill(mask) for mask in masks]
     order = sorted(range(len(masks)), key=lambda i: int(filled[i].sum()), reverse=True)
     masks, filled = [masks[i] for i in order], [filled[i] for i in order]
-    flat = np.array(filled, dtype=np.float32).reshape(len(masks), labels.size)
-    common = flat @ flat.T
+    stack = np.array(filled).reshape(len(masks), labels.size)
+    common = [np.count_nonzero(stack & area, axis=1) for area in stack]
     kept: list[int] = []
     holders: dict[int, list[int]] = {}
     for i in range(len(masks)):
-        around = [j for j in reversed(kept) if common[i, j] > 0.9 * common[i, i]]
+        around = [j for j in reversed(kept) if common[i][j] > 0.9 * common[i][i]]
         shades = [int(labels[masks[j]][0]) for j in (i, *around)]
         if len(around) > 1 and shades[0] == shades[2] != shades[1]:
             masks[around[1]] = masks[around[1]] | masks[i]

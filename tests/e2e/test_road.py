@@ -49,7 +49,15 @@ def test_the_three_commands_leave_what_the_next_one_needs(run):
         assert read_metrics(run / stage)[-1]["step"] == 4
         assert [path.name for path in (run / stage / "pictures").iterdir()] == ["step-00000004.png"]
     metrics = {name for line in read_metrics(run / "prior") for name in line}
-    assert {"step", "loss", "heldout_loss", "text_loss", "image_loss", "seconds", "tokens_per_second"} <= metrics
+    assert {
+        "step",
+        "loss",
+        "heldout_loss",
+        "text_loss",
+        "image_loss",
+        "seconds",
+        "tokens_per_second",
+    } <= metrics
 
 
 def test_the_script_draws_a_picture_and_prints_its_path(run):
@@ -198,7 +206,9 @@ def test_version_and_help_answer_without_torch():
         assert expected in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train-dvae", "train-prior", "sample", "reconstruct", "import-dvae", "info"])
+@pytest.mark.parametrize(
+    "command", ["train-dvae", "train-prior", "sample", "reconstruct", "import-dvae", "info"]
+)
 def test_every_command_explains_itself(dalle, command):
     done = dalle(command, "--help")
     assert (done.code, done.err) == (0, "")
@@ -206,9 +216,7 @@ def test_every_command_explains_itself(dalle, command):
 
 
 def test_a_reader_that_stops_early_is_no_error(run):
-    done = subprocess.run(
-        f"{SCRIPT} info {run} | head -1", shell=True, capture_output=True, text=True
-    )
+    done = subprocess.run(f"{SCRIPT} info {run} | head -1", shell=True, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() == str(run)
 

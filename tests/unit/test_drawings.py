@@ -81,7 +81,9 @@ def test_a_prompt_asked_for_twice_is_one_picture(tmp_path):
     assert sheet.name == "a-star-seed3-sheet.png"
 
 
-@pytest.mark.parametrize("prompt", ["../../etc/passwd", "a/b", "..", "빨간 원 왼쪽 " * 20, "𠀋" * 99, "\0 nul", "CON"])
+@pytest.mark.parametrize(
+    "prompt", ["../../etc/passwd", "a/b", "..", "빨간 원 왼쪽 " * 20, "𠀋" * 99, "\0 nul", "CON"]
+)
 def test_no_prompt_leads_out_of_the_folder(tmp_path, prompt):
     (path,) = save_drawings(tmp_path / "out", pictures(1), [prompt], 1, MADE)
     assert path.parent == tmp_path / "out"

@@ -195,5 +195,3 @@ def test_the_pictures_are_the_decoded_codes(model):
     decoded = (model.dvae.decode(codes) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     for picture, expected in zip(model(PROMPTS[0], n=2), decoded, strict=True):
         assert np.array_equal(np.asarray(picture), expected)
-
-

@@ -221,7 +221,9 @@ def test_the_papers_model_has_the_papers_matrices_and_slots():
 def test_the_weights_at_the_start_have_the_sparse_transformers_spread():
     torch.manual_seed(0)
     depth, width = 3, 96
-    model = Prior(PriorConfig(**tiny.PRIOR_SHAPE | {"width": width, "heads": 3, "grid": 50, "text_vocab": 99}))
+    model = Prior(
+        PriorConfig(**tiny.PRIOR_SHAPE | {"width": width, "heads": 3, "grid": 50, "text_vocab": 99})
+    )
     inner, residual = math.sqrt(0.125 / width), math.sqrt(2 * depth)
     for layer in model.layers:
         for linear, std in (

@@ -37,7 +37,10 @@ def test_each_loss_is_the_mean_over_the_tokens_of_its_kind():
 def test_a_caption_shorter_or_longer_weighs_by_its_words():
     model = tiny.prior(grid=2)
     tokens, codes = tiny.batch(model, 4)
-    sums = [losses(model, t[None], c[None])[0].item() * int((t >= 0).sum()) for t, c in zip(tokens, codes, strict=True)]
+    sums = [
+        losses(model, t[None], c[None])[0].item() * int((t >= 0).sum())
+        for t, c in zip(tokens, codes, strict=True)
+    ]
     assert losses(model, tokens, codes)[0].item() == pytest.approx(sum(sums) / 12, rel=1e-5)
 
 

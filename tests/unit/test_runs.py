@@ -41,7 +41,9 @@ def test_options_choose_the_preset_the_data_and_single_settings(tmp_path):
     assert chosen.training == dataclasses.replace(TRAINING, batch_size=64, lr=0.5)
 
 
-@pytest.mark.parametrize(("name", "hint"), [("tinny", "did you mean 'tiny'"), ("x", "choose from tiny, large")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("tinny", "did you mean 'tiny'"), ("x", "choose from tiny, large")]
+)
 def test_an_unknown_preset_is_refused(tmp_path, name, hint):
     with pytest.raises(ConfigError, match=f"unknown preset '{name}'; {hint}"):
         resolve(tmp_path, preset=name)
@@ -73,7 +75,9 @@ def test_everything_else_stays_when_the_steps_change(tmp_path):
 def test_every_span_of_steps_in_the_presets_is_a_horizon():
     for presets in (DVAE_PRESETS, PRIOR_PRESETS):
         for _, training in presets.values():
-            spans = {f.name for f in dataclasses.fields(training) if "updates over which" in f.metadata["doc"]}
+            spans = {
+                f.name for f in dataclasses.fields(training) if "updates over which" in f.metadata["doc"]
+            }
             assert spans <= set(HORIZONS)
     assert {"patience", "warmup"} <= set(HORIZONS)
 

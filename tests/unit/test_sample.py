@@ -101,7 +101,11 @@ def test_each_code_has_its_share_of_the_interval():
 
 
 def test_a_code_without_probability_is_never_drawn():
-    for values in ([-torch.inf, 0.0, -torch.inf], [0.0, -torch.inf, -torch.inf], [-torch.inf, -200.0, -400.0]):
+    for values in (
+        [-torch.inf, 0.0, -torch.inf],
+        [0.0, -torch.inf, -torch.inf],
+        [-torch.inf, -200.0, -400.0],
+    ):
         logits = torch.tensor([values])
         possible = torch.softmax(logits, -1)[0] > 0
         for u in (0.0, 2**-24, 0.5, 1 - 2**-24, 1.0):

@@ -1,0 +1,409 @@
+"""A caller's mistake is one line that helps, exit status 2, and nothing lost."""
+
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import cli.main
+from tests import tiny
+from tests.e2e.settings import dvae, options, prior
+from tests.e2e.warm import Done
+
+
+def complaint(done: Done) -> str:
+    """The one line of a mistake."""
+    assert done.code == 2, done.err
+    assert "Traceback" not in done.err
+    complaints = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(complaints) == 1, done.err
+    assert done.err.splitlines()[-1] == complaints[0]
+    assert done.out == ""
+    return complaints[0].removeprefix("error: ")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything below a folder, but for locks."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != ".lock"
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(dalle, tmp_path_factory) -> Path:
+    """A run with both stages and their states."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    for command in (dvae(run, steps=2), prior(run, steps=2)):
+        done = dalle(*command)
+        assert done.code == 0, done.err
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy to be spoiled."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+# Data
+
+
+def test_an_empty_folder(dalle, tmp_path):
+    (tmp_path / "data").mkdir()
+    line = complaint(dalle(*dvae(tmp_path / "run", "--data", tmp_path / "data")))
+    assert "no picture among 0 files; give a folder of pictures with a .txt" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_path_that_does_not_exist(dalle, tmp_path):
+    line = complaint(dalle(*dvae(tmp_path / "run", "--data", tmp_path / "nowhere")))
+    assert line.startswith(f"{tmp_path / 'nowhere'}: does not exist; give scenes, a folder of pictures")
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"), [(("picture", "caption"), "picture, caption"), (("image", "text"), "image, text")]
+)
+def test_a_manifest_without_one_of_its_columns(dalle, tmp_path, columns, named):
+    data = tiny.write_csv(tmp_path / "data", columns)
+    line = complaint(dalle(*dvae(tmp_path / "run", "--data", data)))
+    assert f"line 2: columns {named}; expected a path in `image`, and `caption` or `captions`" in line
+
+
+def test_no_captions_at_all(dalle, tmp_path):
+    data = tiny.write_folder(tmp_path / "data", captioned=())
+    assert "9 pictures, none with captions" in complaint(dalle(*dvae(tmp_path / "run", "--data", data)))
+
+
+def test_pictures_that_are_all_too_small(dalle, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(5):
+        (data / f"{i}.png").write_bytes(tiny.png(i, (15, 40)))
+        (data / f"{i}.txt").write_text("small")
+    line = complaint(dalle(*dvae(tmp_path / "run", "--data", data)))
+    assert "no readable picture" in line
+    assert "15×40 pixels, smaller than image_size=16" in line
+
+
+def test_pictures_that_cannot_be_used_are_skipped_named_and_counted(dalle, tmp_path):
+    data = tiny.write_folder(tmp_path / "data", 12, captioned=set(range(12)) - {3})
+    (data / "5.png").write_bytes(b"no picture")
+    (data / "7.png").write_bytes(tiny.png(7, (9, 9)))
+    done = dalle(*dvae(tmp_path / "run", "--data", data, steps=5))
+    assert done.code == 0, done.err
+    for reason in ("3.png: captions 3.txt: no such file", "5.png: not a picture", "7.png: 9×9 pixels"):
+        assert f"warning: skipped {reason}" in done.err
+    assert "warning: 3 pictures were skipped" in done.err
+
+
+def test_a_tar_that_is_cut_off_is_used_as_far_as_it_goes_and_named(dalle, tmp_path):
+    data = tiny.write_tar(tmp_path / "data.tar")
+    data.write_bytes(data.read_bytes()[:-14_000])
+    done = dalle(*dvae(tmp_path / "run", "--data", data))
+    assert done.code == 0, done.err
+    assert re.search(r"warning: skipped data\.tar: .* what follows is lost", done.err)
+
+
+def test_a_tar_without_a_caption(dalle, tmp_path):
+    data = tmp_path / "data.tar"
+    with tarfile.open(data, "w") as archive:
+        member = tarfile.TarInfo("0.png")
+        member.size = len(tiny.png(0))
+        archive.addfile(member, io.BytesIO(tiny.png(0)))
+    assert "1 pictures in 1 shards, none with captions" in complaint(
+        dalle(*dvae(tmp_path / "run", "--data", data))
+    )
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--set", "image_size=18"], "image_size=18 must be a multiple of 4 (= 2^(groups−1)): use 16 or 20"),
+        (["--preset", "tinny"], "unknown preset 'tinny'; did you mean 'tiny'?"),
+        (["--set", "batchsize=3"], "unknown setting 'batchsize'; did you mean 'batch_size'?"),
+        (["--set", "batch_size=3.5"], "batch_size=3.5 must be a whole number"),
+        (["--set", "batch_size"], "is not of the form key=value"),
+        (["--set", "lr=fast"], "lr=fast must be a number"),
+        (["--set", "lr=nan"], "lr=nan must be a number"),
+        (["--set", "flip=yes"], "flip=yes must be true or false"),
+        (["--set", "precision=fp8"], "precision=fp8 must be one of"),
+        (["--set", "hidden=6"], "hidden=6 must be a multiple of 4"),
+        (["--set", "vocab_size=1"], "vocab_size=1 must be at least 2"),
+    ],
+)
+def test_settings_of_the_dvae_that_cannot_be(dalle, tmp_path, more, said):
+    assert said in complaint(dalle(*dvae(tmp_path / "run", *more)))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--set", "grid=5"], "grid cannot be set: it comes from the run's dVAE"),
+        (["--set", "text_vocab=5"], "text_vocab cannot be set: it comes from the run's tokenizer"),
+        (["--set", "heads=5"], "width=12 must be a multiple of heads=5"),
+        (["--set", "kernel=4"], "kernel=4 must be odd"),
+        (["--set", "bpe_dropout=2"], "bpe_dropout=2.0 must lie between 0 and 1"),
+        (["--set", "bpe_vocab=100"], "must be at least 256"),
+    ],
+)
+def test_settings_of_the_prior_that_cannot_be(dalle, run, more, said):
+    shutil.rmtree(run / "prior")
+    assert said in complaint(dalle(*prior(run, *more)))
+
+
+@pytest.mark.parametrize(
+    ("make", "more", "said"),
+    [
+        (dvae, options(hidden=8), "was started with hidden=4, not 8: keep it, or use another --run"),
+        (dvae, ["--data", "elsewhere"], "was started with --data scenes, not elsewhere"),
+        (dvae, ["--preset", "small"], "was started with --preset tiny, not small"),
+        (prior, options(depth=2), "was started with depth=3, not 2"),
+        (prior, options(lr=1), "was started with lr="),
+    ],
+)
+def test_a_run_that_was_started_otherwise(dalle, run, make, more, said):
+    before = files(run)
+    assert said in complaint(dalle(*make(run, *more, steps=9)))
+    assert files(run) == before
+
+
+# Run folders
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sample", "x"], "holds no trained dvae: `dalle train-dvae --run nowhere` trains one"),
+        (["train-prior"], "holds no trained dvae: run `dalle train-dvae --run nowhere` first"),
+        (["reconstruct", "x.png"], "nowhere/dvae/config.json does not exist"),
+    ],
+)
+def test_a_folder_without_a_model(dalle, tmp_path, arguments, said):
+    assert said in complaint(dalle(*arguments, "--run", "nowhere"))
+    assert "is no run folder" in complaint(dalle("info", tmp_path))
+
+
+def test_a_dvae_alone_cannot_draw(dalle, run):
+    shutil.rmtree(run / "prior")
+    assert f"{run} holds no trained prior: `dalle train-prior" in complaint(
+        dalle("sample", "x", "--run", run)
+    )
+
+
+def test_a_prior_on_another_dvae(dalle, run):
+    before = (run / "prior" / "weights.safetensors").read_bytes()
+    tiny.write_dvae(run, seed=1, vocab_size=16)
+    said = complaint(dalle("sample", "x", "--run", run))
+    assert re.search(r"was trained on the dVAE (\w{16}), but \S+ is (?!\1)(\w{16}): put that dVAE back", said)
+    said = complaint(dalle(*prior(run, steps=9)))
+    assert re.search(r"was begun on the dVAE (\w{16}), the one there now is (?!\1)(\w{16})", said)
+    assert (run / "prior" / "weights.safetensors").read_bytes() == before
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def other(path: Path) -> None:
+    path.write_text('{"something": "else"}')
+
+
+@pytest.mark.parametrize("spoil", [cut, other])
+@pytest.mark.parametrize(
+    ("name", "commands"),
+    [
+        ("dvae/weights.safetensors", ["sample", "reconstruct", "info"]),
+        ("dvae/config.json", ["sample", "reconstruct", "info", "train-dvae", "train-prior"]),
+        ("prior/weights.safetensors", ["sample", "info"]),
+        ("prior/config.json", ["sample", "info", "train-prior"]),
+        ("prior/tokenizer.json", ["sample", "train-prior"]),
+    ],
+)
+def test_a_damaged_file(dalle, run, tmp_path, spoil, name, commands):
+    spoil(run / name)
+    before = files(run)
+    (tmp_path / "x.png").write_bytes(tiny.png(0))
+    for command in commands:
+        arguments = {
+            "sample": ["sample", "x", "--run", run],
+            "reconstruct": ["reconstruct", tmp_path / "x.png", "--run", run],
+            "info": ["info", run],
+            "train-dvae": dvae(run, steps=9),
+            "train-prior": prior(run, steps=9),
+        }[command]
+        said = complaint(dalle(*arguments))
+        assert str(run / name.split("/")[0]) in said
+    assert files(run) == before
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "average.safetensors", "state.json"])
+def test_states_that_are_all_damaged_stop_the_training(dalle, run, name):
+    for state in (run / "dvae" / "state").iterdir():
+        cut(state / name)
+    before = files(run / "dvae" / "state")
+    said = complaint(dalle(*dvae(run, steps=9)))
+    assert "no training state in" in said
+    assert "delete it to start anew" in said
+    assert files(run / "dvae" / "state") == before
+
+
+# Pictures and prompts
+
+
+@pytest.mark.parametrize(("prompts", "stdin"), [([""], ""), (["  "], ""), (["-"], ""), (["-"], " \n\n")])
+def test_an_empty_prompt(dalle, run, prompts, stdin):
+    line = complaint(dalle("sample", *prompts, "--run", run, stdin=stdin))
+    assert line == 'no prompt was given; say what to draw, such as: dalle sample "a red circle"'
+
+
+def test_a_prompt_too_long(dalle, run):
+    line = complaint(dalle("sample", "q" * 99, "--run", run))
+    assert "has over 28 tokens, this model's limit; shorten it" in line
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--temperature", "-1"], "temperature=-1.0 must be a number of at least 0"),
+        (["--temperature", "nan"], "temperature=nan"),
+        (["--top-k", "0"], "top_k=0 must be at least 1"),
+        (["--top-p", "1.5"], "top_p=1.5 must be above 0 and at most 1"),
+    ],
+)
+def test_sampling_that_cannot_be(dalle, run, more, said):
+    assert said in complaint(dalle("sample", "x", "--run", run, *more))
+    assert not (run / "samples").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "no such file"), (b"text", "not a picture"), (tiny.png(0, (15, 40)), "15×40 pixels")],
+)
+def test_a_picture_that_cannot_be_reconstructed(dalle, run, tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "x.png").write_bytes(content)
+    line = complaint(dalle("reconstruct", tmp_path / "x.png", "--run", run))
+    assert str(tmp_path / "x.png") in line
+    assert said in line
+
+
+def test_an_output_folder_that_cannot_be_written(dalle, run, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    line = complaint(dalle("sample", "x", "--run", run, "--out", tmp_path / "file" / "out"))
+    assert line.startswith(f"cannot write {tmp_path / 'file' / 'out'}")
+
+
+# Pickles
+
+
+class Touch:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_with_a_foreign_class_runs_nothing(dalle, tmp_path):
+    torch.save(Touch(tmp_path / "made"), tmp_path / "evil.pkl")
+    halves = ("--encoder", tmp_path / "evil.pkl", "--decoder", tmp_path / "evil.pkl")
+    line = complaint(dalle("import-dvae", *halves, "--run", tmp_path / "run"))
+    assert "mkdir', which no released dVAE file does; nothing of it was run" in line
+    assert not (tmp_path / "made").exists()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state"])
+def test_a_pickle_in_the_place_of_tensors_runs_nothing(dalle, run, tmp_path, name):
+    paths = (
+        [run / "dvae" / name] if name.endswith("s") else list((run / "dvae").glob("state/*/*.safetensors"))
+    )
+    for path in paths:
+        torch.save(Touch(tmp_path / "made"), path)
+    arguments = ["sample", "x", "--run", run] if name.endswith("s") else dvae(run, steps=9)
+    complaint(dalle(*arguments))
+    assert not (tmp_path / "made").exists()
+
+
+# A full disk
+
+
+@pytest.mark.parametrize("stage", ["dvae", "prior"])
+@pytest.mark.parametrize("part", ["weights", "state", "metrics", "pictures"])
+def test_a_full_disk_while_training_loses_nothing(run, monkeypatch, capsys, stage, part):
+    """In this process, where the disk can be made to fill up."""
+    before = files(run)
+    full = OSError(28, "No space left on device")
+
+    def write(*arguments, **_):
+        path = arguments[1] if isinstance(arguments[1], (str, Path)) else arguments[0]
+        Path(path).write_bytes(b"half")
+        raise full
+
+    match part:
+        case "weights":
+            monkeypatch.setattr("dalle.checkpoint.save_file", write)
+        case "state":
+            real = __import__("dalle.checkpoint").checkpoint.save_file
+
+            def only_states(tensors, path):
+                return write(tensors, path) if "step-" in str(path) else real(tensors, path)
+
+            monkeypatch.setattr("dalle.checkpoint.save_file", only_states)
+        case "metrics":
+            real_open = Path.open
+
+            def no_metrics(self, mode="r", *rest, **more):
+                if self.name == "metrics.jsonl" and "a" in mode:
+                    raise full
+                return real_open(self, mode, *rest, **more)
+
+            monkeypatch.setattr(Path, "open", no_metrics)
+        case "pictures":
+            monkeypatch.setattr("PIL.Image.Image.save", lambda _, path, **__: write(path, path))
+    arguments = ["dalle", *map(str, {"dvae": dvae, "prior": prior}[stage](run, steps=4))]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as end:
+        cli.main.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 2, err
+    last = err.splitlines()[-1]
+    assert last.startswith("error: cannot write ")
+    assert "No space left on device; what was saved before is whole" in last
+    after = files(run)
+    lost = {
+        name for name in before if after.get(name) != before[name]
+        and not name.endswith(("metrics.jsonl", "config.json"))
+    }  # fmt: skip
+    assert lost <= ({f"{stage}/weights.safetensors"} if part in ("state",) else set())
+    assert not list(run.rglob("*.partial"))
+
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", arguments)
+    cli.main.app(arguments[1:], standalone_mode=False)  # there is room again: it goes on
+    assert json.loads((run / stage / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
+
+
+def test_running_out_of_memory_is_told_with_what_helps(monkeypatch, capsys, tmp_path):
+    def burst(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("stage1_dvae.train.train", burst)
+    monkeypatch.setattr(sys, "argv", ["dalle", "train-dvae", "--run", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as end:
+        cli.main.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: the device's memory is too small: use a smaller")
