@@ -150,8 +150,8 @@ def sample(
     from dalle.pipeline import TextToImage
     from stage2_prior.sample import Sampling
 
-    wanted = [p for given in prompts for p in (sys.stdin.read().splitlines() if given == "-" else [given])]
-    wanted = [p.strip() for p in wanted if p.strip()]
+    wanted = [p for given in prompts for p in (_standard_input() if given == "-" else [given])]
+    wanted = [p.strip().encode("utf-8", "replace").decode("utf-8") for p in wanted if p.strip()]
     if not wanted:
         raise DalleError('no prompt was given; say what to draw, such as: dalle sample "a red circle"')
     sampling = Sampling(temperature, top_k, top_p)
@@ -172,6 +172,11 @@ def sample(
     say(f"drew {len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {bar.clock.seconds:.1f} s")
     for path in paths:
         typer.echo(path)
+
+
+def _standard_input() -> list[str]:
+    """Its lines; what is not UTF-8 becomes a replacement character."""
+    return sys.stdin.buffer.read().decode("utf-8", "replace").splitlines()
 
 
 @app.command()

@@ -45,7 +45,7 @@ def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str], colu
     font = ImageFont.load_default(size=max(11, side // 12))
     letters = max(8, int(side / font.getlength("n")))
     texts = ["\n".join(textwrap.wrap(c, letters)[:3]) or " " for c in captions]
-    line = sum(font.getmetrics()) + 2
+    line = sum(font.getmetrics()) + 2  # type: ignore[union-attr]  # Pillow's own font is a FreeType one
     below = max(text.count("\n") + 1 for text in texts) * line + 6
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)

@@ -64,7 +64,8 @@ class TextToImage:
         for stage, command in (("dvae", "train-dvae"), ("prior", "train-prior")):
             if not (run / stage / "weights.safetensors").is_file():
                 raise CheckpointError(
-                    f"{run} holds no trained {stage}: `dalle {command} --run {run}` trains one; or name another --run"
+                    f"{run} holds no trained {stage}: `dalle {command} --run {run}` trains one; "
+                    "or name another --run"
                 )
         began = read_json(run / "prior" / "config.json")
         tokenizer = Tokenizer.load(run / "prior" / "tokenizer.json")

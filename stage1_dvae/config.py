@@ -139,22 +139,41 @@ PRESETS: dict[str, tuple[DVAEConfig, DVAETraining]] = {
             ema_decay=0.998,
         ),
     ),
-    # One GPU, hours.
+    # One GPU, hours. Not measured yet.
     "small": (
         DVAEConfig(
-            image_size=128, vocab_size=1024, hidden=64, codebook_width=64, blocks_per_group=1,
-            gain=0.5, codebook_std=1.0,
+            image_size=128,
+            vocab_size=1024,
+            hidden=64,
+            codebook_width=64,
+            blocks_per_group=1,
+            gain=1.0,
+            codebook_std=1.0,
+            min_scale=0.05,
         ),
         DVAETraining(
-            batch_size=64, steps=60_000, lr=1e-3, lr_end=1e-5, lr_steps=60_000, warmup=200, beta_steps=5_000,
-            tau_steps=40_000, workers=4, eval_every=2_000, save_every=2_000,
+            batch_size=64,
+            steps=60_000,
+            lr=1e-3,
+            lr_end=1e-5,
+            lr_steps=60_000,
+            warmup=200,
+            beta_start=0.3,
+            beta_steps=30_000,
+            tau_steps=40_000,
+            usage_weight=8.0,
+            logit_std=1.5,
+            clip=1.0,
+            workers=4,
+            eval_every=2_000,
+            save_every=2_000,
         ),
     ),
-    # One machine of GPUs.
+    # One machine of GPUs. Not measured yet.
     "base": (
         DVAEConfig(hidden=128, codebook_width=128, vocab_size=8192),
         DVAETraining(
-            batch_size=128, micro_batch=0, steps=300_000, lr=3e-4, lr_end=3e-6, lr_steps=300_000, warmup=500,
+            batch_size=128, steps=300_000, lr=3e-4, lr_end=3e-6, lr_steps=300_000, warmup=500,
             tau_steps=100_000, workers=8, eval_every=5_000, save_every=5_000,
         ),
     ),

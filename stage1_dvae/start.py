@@ -1,11 +1,12 @@
 """A start from which a small codebook is in use at once."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from stage1_dvae.likelihood import map_pixels
-from stage1_dvae.model import DVAE
+from stage1_dvae.model import DVAE, Output
 
 
 @torch.no_grad()
@@ -14,11 +15,14 @@ def spread_logits(model: DVAE, pixels: Float[Tensor, "b 3 h w"], std: float) -> 
 
     As released, logits start with a spread of 0.4, far below the Gumbel noise's: every code says the
     same, and in a short run most of them never recover. Spread out, unlike cells choose unlike codes
-    from the first step.
+    from the first update.
     """
-    output = model.encoder.blocks.output.conv
-    features = torch.relu(model.encoder.blocks[:-1](map_pixels(pixels))).movedim(1, -1)
-    logits = features.flatten(0, 2) @ output.w[:, :, 0, 0].t()
+    *layers, output = model.encoder.blocks
+    assert isinstance(output, Output)
+    features = map_pixels(pixels)
+    for layer in layers:
+        features = layer(features)
+    logits = F.conv2d(F.relu(features), output.conv.w).movedim(1, -1).flatten(0, 2)
     factor = std / logits.std(0).clamp_min(1e-6)
-    output.w.mul_(factor[:, None, None, None])
-    output.b.copy_(-logits.mean(0) * factor)
+    output.conv.w.mul_(factor[:, None, None, None])
+    output.conv.b.copy_(-logits.mean(0) * factor)

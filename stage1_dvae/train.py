@@ -165,8 +165,8 @@ class Stage1:
         self.alarms = self.alarms + 1 if self.window.full and usage < ALARM else 0
         if self.alarms >= 2:
             warn(
-                f"only {usage:.1%} of the codes were in use lately: the codebook is dying; start anew with "
-                "a larger --set beta_start=… or --set usage_weight=2, a smaller step size, or a smaller vocab_size"
+                f"only {usage:.1%} of the codes were in use lately, the codebook is dying: start anew with "
+                "--set usage_weight=8 and --set logit_std=1.5, or a smaller lr or vocab_size"
             )
 
     def publish(self) -> None:

@@ -115,6 +115,13 @@ def test_a_dash_reads_prompts_from_standard_input(run, dalle, tmp_path):
     ]  # fmt: skip
 
 
+def test_prompts_that_are_not_utf_8_are_drawn_all_the_same(run, dalle, tmp_path):
+    done = dalle("sample", "caf\udce9", "-", "--run", run, "--out", tmp_path, stdin=b"caf\xe9\n")
+    assert done.code == 0, done.err
+    shown = [json.loads(path.with_suffix(".json").read_text())["prompt"] for path in done.paths[:2]]
+    assert shown == ["caf?", "caf\ufffd"]
+
+
 def test_reconstruct_puts_pictures_through_the_dvae(run, dalle, tmp_path):
     sources = [tiny.write_folder(tmp_path / "data", 2) / f"{i}.png" for i in range(1)]
     done = dalle("reconstruct", *sources, "--run", run)

@@ -101,12 +101,16 @@ class Server:
         return self.process.stdout.readline().strip()
 
     def start(
-        self, *arguments: Any, cwd: Path | None = None, stdin: str = "", environ: dict[str, str] | None = None
+        self,
+        *arguments: Any,
+        cwd: Path | None = None,
+        stdin: str | bytes = "",
+        environ: dict[str, str] | None = None,
     ) -> Command:
         folder = self.folder / str(self.jobs)
         folder.mkdir()
         self.jobs += 1
-        (folder / "stdin").write_text(stdin)
+        (folder / "stdin").write_bytes(stdin.encode() if isinstance(stdin, str) else stdin)
         job = {
             "arguments": [str(argument) for argument in arguments],
             "cwd": str(cwd or folder),

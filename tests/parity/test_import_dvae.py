@@ -92,7 +92,7 @@ def test_a_model_that_is_there_already_is_kept(files, tmp_path):
 def test_swapped_files_are_told_apart(files, tmp_path):
     encoder, decoder = files
     with pytest.raises(
-        CheckpointError, match="holds dall_e.decoder.Decoder, expected dall_e.encoder.Encoder"
+        CheckpointError, match=r"holds dall_e\.decoder\.Decoder, expected dall_e\.encoder\.Encoder"
     ):
         import_released(decoder, encoder, tmp_path / "run" / "dvae")
     assert not (tmp_path / "run").exists()

@@ -208,9 +208,7 @@ def test_the_papers_model_has_the_papers_matrices_and_slots():
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     assert sum(p.numel() for p in matrices) == 12 * 3968**2 * 64
     shapes = Counter(tuple(p.shape) for p in matrices)
-    assert shapes == {
-        shape: 64 for shape in [(3 * 3968, 3968), (3968, 3968), (4 * 3968, 3968), (3968, 4 * 3968)]
-    }
+    assert shapes == dict.fromkeys([(3 * 3968, 3968), (3968, 3968), (4 * 3968, 3968), (3968, 4 * 3968)], 64)
     assert config.width // config.heads == 64
     assert model.text_head.weight.shape == (16_384, 3968)
     assert model.image_head.weight.shape == (8192, 3968)
