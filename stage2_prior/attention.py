@@ -50,9 +50,8 @@ class Attention(nn.Module):
         key = (length, device)
         if key not in self._masks:
             c = self.config
-            with torch.inference_mode(False):  # or a mask made while drawing could not serve training
-                mask = dense(self.kind, c.text_length, c.grid, c.kernel)[:length, :length]
-                self._masks = {key: mask.to(device)}
+            mask = dense(self.kind, c.text_length, c.grid, c.kernel)[:length, :length]
+            self._masks = {key: mask.to(device)}
         return self._masks[key]
 
     def prefill(self, x: Float[Tensor, "p text w"], pictures: int) -> tuple[Float[Tensor, "p text w"], Cache]:

@@ -26,7 +26,7 @@ samplings = st.builds(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(shape=shapes, prompts=st.integers(1, 3), pictures=st.integers(1, 3), seed=st.integers(0, 99))
 def test_cached_logits_equal_uncached_ones(shape, prompts, pictures, seed):
     model = tiny.prior(seed, **shape)
@@ -40,7 +40,7 @@ def test_cached_logits_equal_uncached_ones(shape, prompts, pictures, seed):
     torch.testing.assert_close(cached / scale, whole / scale, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(shape=shapes, n=st.integers(1, 5), beside=st.integers(0, 4), seed=st.integers(0, 99))
 def test_a_picture_does_not_depend_on_what_is_drawn_beside_it(shape, n, beside, seed):
     model = tiny.prior(seed, **shape)
