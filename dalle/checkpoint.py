@@ -10,16 +10,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dalle.config import from_json
 from dalle.errors import CheckpointError
+
+C = TypeVar("C")
+M = TypeVar("M", bound=nn.Module)
 
 FORMAT = 1  # of both kinds of files; a change comes with an upgrade of the older one
 STATE = "state.json"
@@ -131,6 +136,21 @@ def load_weights(folder: Path, model: nn.Module) -> None:
                 f"its config.json asks for {tuple(tensor.shape)}"
             )
     model.load_state_dict(saved, assign=any(w.is_meta for w in wanted.values()))
+
+
+def load_model(folder: Path, kind: Callable[[C], M], config_kind: type[C], device: torch.device) -> M:
+    """The model in `folder`, built from its config.json and ready for inference.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or its parts do not fit.
+        ConfigError: its config.json describes another kind of model.
+    """
+    path = folder / "config.json"
+    config = from_json(config_kind, read_json(path).get("model"), str(path))
+    with torch.device("meta"):  # no weights are drawn that would be overwritten at once
+        model = kind(config)
+    load_weights(folder, model)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def _load_file(path: Path) -> dict[str, Tensor]:

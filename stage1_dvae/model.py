@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dalle.checkpoint import load_weights, read_json
-from dalle.config import from_json
+from dalle.checkpoint import load_model
 from stage1_dvae.config import DVAEConfig
 from stage1_dvae.likelihood import map_pixels, reconstruction
 
@@ -170,14 +169,7 @@ class DVAE(nn.Module):
             CheckpointError: there is none, it is damaged, or its parts do not fit.
             ConfigError: its config.json describes another kind of model.
         """
-        path = Path(folder)
-        config = from_json(
-            DVAEConfig, read_json(path / "config.json").get("model"), str(path / "config.json")
-        )
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(path, model)
-        return model.to(device).eval().requires_grad_(False)
+        return load_model(Path(folder), cls, DVAEConfig, torch.device(device))
 
     def logits(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b v grid grid"]:
         """Unnormalised log-probabilities of the codes, fp32.

@@ -16,8 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dalle.checkpoint import load_weights, read_json
-from dalle.config import from_json
+from dalle.checkpoint import load_model
 from stage2_prior.attention import Attention, Cache
 from stage2_prior.config import PriorConfig
 from stage2_prior.masks import Kind, kinds
@@ -114,15 +113,9 @@ class Prior(nn.Module):
 
         Raises:
             CheckpointError: there is none, it is damaged, or its parts do not fit.
+            ConfigError: its config.json describes another kind of model.
         """
-        path = Path(folder)
-        config = from_json(
-            PriorConfig, read_json(path / "config.json").get("model"), str(path / "config.json")
-        )
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(path, model)
-        return model.to(device).eval().requires_grad_(False)
+        return load_model(Path(folder), cls, PriorConfig, torch.device(device))
 
     def embed_text(self, tokens: Int[Tensor, "b words"]) -> Float[Tensor, "b text w"]:
         """The text slots; `tokens` has one column less than there are slots, −1 where there is no token."""
