@@ -1,6 +1,7 @@
 """The dVAE's architecture, how it trains, and the presets."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from dalle.config import setting
 from dalle.errors import ConfigError
@@ -22,22 +23,24 @@ class DVAEConfig:
     codebook_width: int = setting(128, "channels of the decoder's first layer", paper="128 (released code)")
     groups: int = setting(4, "groups of blocks; all but one halve the resolution", paper="4 (App. A.1)")
     blocks_per_group: int = setting(2, "resblocks per group", paper="2 (App. A.1)")
+    patch: int = setting(
+        1, "pixels per side that the first and the last layer fold into one position", paper="1"
+    )
     gain: float | None = setting(
         None,
         "factor on every resblock's output; none: 1/(groups·blocks_per_group)²",
         paper="1/64 (released code)",
     )
-    codebook_std: float | None = setting(
-        None, "spread of the codebook at the start; none: 1/√vocab_size", paper="1/√8192 (released code)"
-    )
-    min_scale: float = setting(
-        0.0, "added to every pixel's scale b, so that flat areas cannot outweigh all else", paper="0"
+    pixel_std: float | None = setting(
+        None,
+        "standard deviation of Gaussian pixels of range 0.8; none: logit-Laplace",
+        paper="logit-Laplace (App. A.3)",
     )
 
     def __post_init__(self) -> None:
-        if self.min_scale < 0:
-            raise ConfigError(f"min_scale={self.min_scale} must not be negative")
-        for name in ("image_size", "vocab_size", "hidden", "codebook_width", "groups", "blocks_per_group"):
+        if self.pixel_std is not None and self.pixel_std <= 0:
+            raise ConfigError(f"pixel_std={self.pixel_std} must be above 0")
+        for name in ("image_size", "vocab_size", "hidden", "codebook_width", "groups", "blocks_per_group", "patch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.vocab_size < 2:
@@ -49,14 +52,14 @@ class DVAEConfig:
         if self.image_size % self.stride:
             lower = max(1, self.image_size // self.stride) * self.stride
             raise ConfigError(
-                f"image_size={self.image_size} must be a multiple of {self.stride} (= 2^(groups−1)): "
+                f"image_size={self.image_size} must be a multiple of {self.stride} (= patch·2^(groups−1)): "
                 f"use {lower} or {lower + self.stride}"
             )
 
     @property
     def stride(self) -> int:
         """Pixels per code and side."""
-        return 2 ** (self.groups - 1)
+        return self.patch * 2 ** (self.groups - 1)
 
     @property
     def grid(self) -> int:
@@ -88,10 +91,9 @@ class DVAETraining(Training):
     usage_weight: float = setting(
         0.0, "weight, per position as beta's, of pulling the mean posterior to uniform", paper="no such term"
     )
-    logit_std: float | None = setting(
-        None,
-        "spread of every code's logit over real pictures at the start; none: as drawn",
-        paper="no such step",
+    start: Literal["random", "patches"] = setting(
+        "random", "weights at the start: random, or such that every code stands for a cluster of patches",
+        paper="random (released code)",
     )
     beta1: float = setting(0.9, "AdamW's decay of the mean", paper="0.9")
     beta2: float = setting(0.999, "AdamW's decay of the variance", paper="0.999")
@@ -113,28 +115,28 @@ PRESETS: dict[str, tuple[DVAEConfig, DVAETraining]] = {
     "tiny": (
         DVAEConfig(
             image_size=64,
-            vocab_size=256,
-            hidden=16,
-            codebook_width=32,
-            groups=3,
-            blocks_per_group=1,
+            vocab_size=2048,
+            hidden=192,
+            codebook_width=192,
+            groups=1,
+            blocks_per_group=2,
+            patch=8,
             gain=1.0,
-            codebook_std=1.0,
-            min_scale=0.1,
+            pixel_std=0.035,
         ),
         DVAETraining(
             batch_size=16,
-            steps=2_500,
-            lr=2e-3,
-            lr_end=1e-4,
-            lr_steps=2_500,
+            steps=1_000,
+            lr=3e-4,
+            lr_end=1e-5,
+            lr_steps=1_000,
             warmup=50,
-            beta_start=0.3,
-            beta=0.3,
-            beta_steps=2_500,
-            tau_steps=1_250,
-            usage_weight=8.0,
-            logit_std=1.5,
+            beta_start=0.02,
+            beta=0.02,
+            beta_steps=1_000,
+            tau_start=1 / 16,
+            usage_weight=0.2,
+            start="patches",
             clip=1.0,
             ema_decay=0.998,
         ),
@@ -148,8 +150,7 @@ PRESETS: dict[str, tuple[DVAEConfig, DVAETraining]] = {
             codebook_width=64,
             blocks_per_group=1,
             gain=1.0,
-            codebook_std=1.0,
-            min_scale=0.05,
+            pixel_std=0.035,
         ),
         DVAETraining(
             batch_size=64,
@@ -162,7 +163,6 @@ PRESETS: dict[str, tuple[DVAEConfig, DVAETraining]] = {
             beta_steps=30_000,
             tau_steps=40_000,
             usage_weight=8.0,
-            logit_std=1.5,
             clip=1.0,
             workers=4,
             eval_every=2_000,

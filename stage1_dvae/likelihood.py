@@ -1,4 +1,4 @@
-"""The distribution of a pixel given its code: logit-Laplace on a shrunken range.
+"""The distribution of a pixel given its code: logit-Laplace on a shrunken range, or Gaussian there.
 
 Source: paper, App. A.3; openai/DALL-E, dall_e/utils.py.
 """
@@ -40,6 +40,25 @@ def log_density(
     """
     log_x, log_1_x = mapped.log(), torch.log1p(-mapped)
     return -(log_x - log_1_x - mu).abs() * torch.exp(-ln_b) - ln_b - math.log(2) - log_x - log_1_x
+
+
+def gaussian_log_density(
+    mapped: Float[Tensor, "b c h w"], mu: Float[Tensor, "b c h w"], std: float
+) -> Float[Tensor, "b c h w"]:
+    """Log-density of mapped pixels that are Gaussian around sigmoid(μ), elementwise, in nats.
+
+    The logit-Laplace distribution asks for medians: within minutes of training it buys ever sharper flat
+    areas with the edges of small things. A squared error, at a fixed width, minds large errors most.
+    """
+    return -(mapped - F.sigmoid(mu)).square() / (2 * std**2) - math.log(std * math.sqrt(2 * math.pi))
+
+
+def log_likelihood(
+    pixels: Float[Tensor, "b 3 h w"], parameters: Float[Tensor, "b 6 h w"], std: float | None
+) -> Float[Tensor, "b 3 h w"]:
+    """Log-density of every subpixel for the decoder's output, in nats: Gaussian where `std` is given."""
+    mapped, (mu, ln_b) = map_pixels(pixels), parameters.float().chunk(2, 1)
+    return log_density(mapped, mu, ln_b) if std is None else gaussian_log_density(mapped, mu, std)
 
 
 def reconstruction(parameters: Float[Tensor, "b 6 h w"]) -> Float[Tensor, "b 3 h w"]:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stage1_dvae.likelihood import log_density, map_pixels
+from stage1_dvae.likelihood import log_likelihood
 from stage1_dvae.model import DVAE
 
 
@@ -71,7 +71,7 @@ def elbo(
     log_q = torch.log_softmax(logits, dim=-1)
     relaxed = relax(log_q, tau, generator)
     decoded = model.decoder(relaxed.permute(0, 3, 1, 2)).float()
-    nll = -log_density(map_pixels(pixels), decoded[:, :3], decoded[:, 3:]).mean()
+    nll = -log_likelihood(pixels, decoded, model.config.pixel_std).mean()
     mean_q = log_q.exp().mean((0, 1, 2))
     usage = (mean_q * (mean_q + 1e-12).log()).sum() + math.log(len(mean_q))
     _, h, w, _ = logits.shape

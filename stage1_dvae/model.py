@@ -96,10 +96,12 @@ class Encoder(nn.Module):
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
         widths = [config.hidden * 2**g for g in range(config.groups)]
+        self.patch = config.patch
+        kernel = 7 if config.patch == 1 else 3  # patches are wide enough on their own
         self.blocks = nn.Sequential(
             OrderedDict(
                 {
-                    "input": Conv2d(3, config.hidden, 7),
+                    "input": Conv2d(3 * config.patch**2, config.hidden, kernel),
                     **_groups(config, config.hidden, widths, (3, 3, 3, 1), nn.MaxPool2d(2)),
                     "output": Output(widths[-1], config.vocab_size, fp32=True),
                 }
@@ -107,7 +109,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, mapped: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b v grid grid"]:
-        return self.blocks(mapped)
+        return self.blocks(F.pixel_unshuffle(mapped, self.patch))
 
 
 class Decoder(nn.Module):
@@ -115,7 +117,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
-        self.min_scale = config.min_scale
+        self.patch = config.patch
         widths = [config.hidden * 2**g for g in reversed(range(config.groups))]
         upsample = nn.Upsample(scale_factor=2, mode="nearest")
         self.blocks = nn.Sequential(
@@ -123,16 +125,13 @@ class Decoder(nn.Module):
                 {
                     "input": Conv2d(config.vocab_size, config.codebook_width, 1, fp32=True),
                     **_groups(config, config.codebook_width, widths, (1, 3, 3, 3), upsample),
-                    "output": Output(config.hidden, 6),
+                    "output": Output(config.hidden, 6 * config.patch**2),
                 }
             )
         )
-        if config.codebook_std is not None:
-            table: Any = self.blocks.input
-            nn.init.normal_(table.w, std=config.codebook_std)
 
     def forward(self, codes: Float[Tensor, "b v grid grid"]) -> Float[Tensor, "b 6 h w"]:
-        return self._with_floor(self.blocks(codes))
+        return F.pixel_shuffle(self.blocks(codes), self.patch)
 
     def look_up(self, codes: Int[Tensor, "b grid grid"]) -> Float[Tensor, "b 6 h w"]:
         """The same for hard codes: a row of the first layer's table instead of a one-hot product.
@@ -141,15 +140,7 @@ class Decoder(nn.Module):
         """
         table: Any = self.blocks.input
         y = F.embedding(codes, table.w[:, :, 0, 0].t()) + table.b
-        return self._with_floor(self.blocks[1:](y.permute(0, 3, 1, 2)))
-
-    def _with_floor(self, parameters: Float[Tensor, "b 6 h w"]) -> Float[Tensor, "b 6 h w"]:
-        """Add `min_scale` to b; the released model has none."""
-        if not self.min_scale:
-            return parameters
-        mu, ln_b = parameters.float().chunk(2, 1)
-        floor = torch.full_like(ln_b, math.log(self.min_scale))
-        return torch.cat([mu, torch.logaddexp(ln_b, floor)], 1)
+        return F.pixel_shuffle(self.blocks[1:](y.permute(0, 3, 1, 2)), self.patch)
 
 
 class DVAE(nn.Module):

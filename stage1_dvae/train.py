@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.checkpoint import save_weights
+from dalle.checkpoint import save_weights, state_folders
 from dalle.console import say, warn
 from dalle.data.augment import centre_crop, stage1_crop
 from dalle.data.loader import Loader
@@ -22,10 +22,10 @@ from dalle.schedules import cosine, warmup
 from dalle.training import fit, keyed
 from stage1_dvae.codebook import ALARM, CodebookWindow
 from stage1_dvae.config import PRESETS, DVAETraining
-from stage1_dvae.likelihood import log_density, map_pixels, reconstruction
+from stage1_dvae.likelihood import log_likelihood, reconstruction
 from stage1_dvae.loss import elbo
 from stage1_dvae.model import DVAE
-from stage1_dvae.start import spread_logits
+from stage1_dvae.start import pictures_needed, start_from_patches
 
 EVALUATION = 1 << 40  # keys the noise of evaluations apart from that of any step
 SHOWN = 8  # pictures in the grid of an evaluation
@@ -62,10 +62,13 @@ def train(options: Options) -> bool:
     )
 
     torch.manual_seed(config.seed)
-    model = DVAE(run.model).to(device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # faster everywhere
-    if config.logit_std is not None:
-        spread_logits(model, to_pixels(heldout[:64].to(device)), config.logit_std)
+    model = DVAE(run.model)
+    if config.start == "patches" and not state_folders(run.folder / "state"):
+        say("dVAE: clustering patches for a start")
+        centred = Loader(source, centre, batch_size=1, seed=config.seed, min_side=size)
+        (some,) = centred.first(pictures_needed(run.model))
+        start_from_patches(model, to_pixels(some), config.seed)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload] # faster everywhere
     optimizer = AdamW(model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
     average = Average(model.parameters(), config.ema_decay, config.ema_every)
     engine = Engine(model, optimizer, average, clip=config.clip, precision=precision)
@@ -134,7 +137,7 @@ class Stage1:
             terms, log_q, relaxed = elbo(self.model, pixels, tau=self.tau(step), generator=noise)
             codes = log_q.argmax(-1)
             hard = self.model.decoder.look_up(codes).float()
-            hard_nll = -log_density(map_pixels(pixels), hard[:, :3], hard[:, 3:]).mean()
+            hard_nll = -log_likelihood(pixels, hard, self.run.model.pixel_std).mean()
             window.add(codes)
             measured = {
                 "loss": terms.loss(self.beta(step)),
@@ -166,7 +169,7 @@ class Stage1:
         if self.alarms >= 2:
             warn(
                 f"only {usage:.1%} of the codes were in use lately, the codebook is dying: start anew with "
-                "--set usage_weight=8 and --set logit_std=1.5, or a smaller lr or vocab_size"
+                "--set start=patches (with one group and a patch), a larger usage_weight, or a smaller lr"
             )
 
     def publish(self) -> None:

@@ -18,10 +18,10 @@ Disc = tuple[float, float, float]  # x, y, radius
 
 MARGIN = 0.03  # between an object's box and the border
 GAP = 0.05  # between the boxes of two objects
-SMALL, LARGE = (0.15, 0.18), (0.28, 0.32)  # radii of an object alone; captions tell these two apart
-BESIDE = (0.15, 0.20)
-INNER, OUTER = (0.13, 0.15), (0.34, 0.38)
-COUNTED = (0.15, 0.19)
+SMALL, LARGE = (0.17, 0.19), (0.285, 0.32)  # radii of an object alone; captions tell these two apart
+BESIDE = (0.17, 0.21)
+INNER, OUTER = (0.15, 0.17), (0.36, 0.40)
+COUNTED = (0.17, 0.20)
 
 FRAMES: tuple[Shape, ...] = ("circle", "square", "diamond", "ring")  # what another object fits inside
 _BACKGROUNDS = tuple(BACKGROUNDS)
