@@ -54,6 +54,39 @@ ShowConfig = Annotated[
 ]
 
 
+@app.command()
+def demo(
+    minutes: Annotated[float, typer.Option(help="How long it may take, about.")] = 12.0,
+    run: Annotated[Path, typer.Option("--run", help="Run folder of the demo.")] = Path("runs/demo"),
+) -> None:
+    """The whole road on built-in drawings: train both stages, draw unseen prompts, judge, write a report."""
+    from dalle.demo import demo as whole_road
+
+    if not whole_road(run, minutes):
+        raise typer.Exit(1)
+    typer.echo(run / "report.html")
+
+
+@app.command()
+def evaluate(
+    run: Run = DEFAULT_RUN,
+    prompts: Annotated[int, typer.Option(min=1, help="Of every kind.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Decides the noise.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures, for machines.")] = False,
+) -> None:
+    """Draw unseen prompts of the built-in scenes and judge them; writes R/report.html and report.json."""
+    from dalle.report import judge_and_report
+
+    command = f"dalle evaluate --run {run} --prompts {prompts} --seed {seed}"
+    figures = judge_and_report(run, prompts, command, seed=seed)
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(figures, indent=2))
+    else:
+        typer.echo(run / "report.html")
+
+
 @app.command("train-dvae")
 def train_dvae(
     data: Data = None,
@@ -85,26 +118,12 @@ def train_prior(
 ) -> None:
     """Stage 2: train the prior on the run's dVAE. The same command again goes on where it stopped."""
     from dalle.checkpoint import read_json
-    from dalle.pipeline import fingerprint_of
-    from dalle.precision import best_device
+    from dalle.pipeline import codes_of
     from dalle.runs import Options, machine_preset
-    from stage1_dvae.model import DVAE
-    from stage2_prior.train import Codes, resolve, train
+    from stage2_prior.train import resolve, train
 
-    if not (run / "dvae" / "weights.safetensors").is_file():
-        raise DalleError(
-            f"{run} holds no trained dvae: run `dalle train-dvae --run {run}` first, or name another --run"
-        )
-    dvae = DVAE.load(run / "dvae", best_device())
+    codes = codes_of(run)
     began = read_json(run / "dvae" / "config.json")
-    codes = Codes(
-        dvae.config.image_size,
-        dvae.config.grid,
-        dvae.config.vocab_size,
-        dvae.encode,
-        dvae.decode,
-        fingerprint_of(run),
-    )
     imported = "training" not in began
     suits = {
         "preset": machine_preset() if imported else began["preset"],

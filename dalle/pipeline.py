@@ -16,6 +16,7 @@ from dalle.pictures import to_images
 from dalle.precision import Precision, arithmetic, best_device, choose
 from dalle.text import Tokenizer, fit
 from stage1_dvae.model import DVAE
+from stage2_prior.codes import Codes
 from stage2_prior.model import Prior
 from stage2_prior.sample import Sampling, draw, noise
 
@@ -90,7 +91,7 @@ class TextToImage:
         prompts: str | Sequence[str],
         n: int = 1,
         *,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         sampling: Sampling | None = None,
         on_token: Callable[[int], None] | None = None,
     ) -> list[Image]:
@@ -99,23 +100,28 @@ class TextToImage:
         The same (prompt, seed) gives the same pictures, whatever n is and whatever is drawn beside them.
 
         Args:
-            seed: decides the noise.
+            seed: decides the noise; one for all prompts, or one for each.
             sampling: temperature, top-k and top-p; by default the paper's, temperature 1.
             on_token: called with the number of image tokens drawn since the last call.
 
         Raises:
-            DataError: a prompt is empty, longer than the prior's text slots, or n is less than 1.
+            DataError: a prompt is empty, longer than the prior's text slots, n is less than 1, or there are
+                not as many seeds as prompts.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if n < 1:
             raise DataError(f"n={n} pictures cannot be drawn; ask for at least 1")
         if not prompts:
             return []
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise DataError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one, or one for each")
         together = max(1, AT_ONCE // n)  # prompts drawn side by side
+        tokens = self._tokens(prompts)
         codes = [
-            self._codes(part, seed, range(start, min(start + AT_ONCE, n)), sampling or Sampling(), on_token)
-            for part in self._tokens(prompts).split(together)
-            for start in range(0, n, AT_ONCE)
+            self._codes(tokens[at : at + together], seeds[at : at + together], pictures, sampling, on_token)
+            for at in range(0, len(prompts), together)
+            for pictures in (range(i, min(i + AT_ONCE, n)) for i in range(0, n, AT_ONCE))
         ]
         with torch.inference_mode():
             return [image for part in codes for image in to_images(self.dvae.decode(part))]
@@ -137,21 +143,39 @@ class TextToImage:
     def _codes(
         self,
         tokens: Int[Tensor, "p words"],
-        seed: int,
+        seeds: Sequence[int],
         pictures: range,
-        sampling: Sampling,
+        sampling: Sampling | None,
         on_token: Callable[[int], None] | None,
     ) -> Int[Tensor, "b grid grid"]:
         """The codes of these pictures of every prompt, prompt by prompt."""
         config, device = self.prior.config, self.prior.start_of_text.device
-        uniform = noise(seed, pictures, config.cells).repeat(len(tokens), 1)
+        uniform = torch.cat([noise(seed, pictures, config.cells) for seed in seeds])
         drawn = []
         with arithmetic(choose(self.precision, device), device):
-            for codes in draw(self.prior, tokens.to(device), uniform, sampling):
+            for codes in draw(self.prior, tokens.to(device), uniform, sampling or Sampling()):
                 drawn.append(codes)
                 if on_token is not None:
                     on_token(len(uniform))
         return torch.stack(drawn, 1).reshape(len(uniform), config.grid, config.grid)
+
+
+def codes_of(run: Path) -> Codes:
+    """The trained dVAE of a run as the prior's training wants it.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if not (run / "dvae" / "weights.safetensors").is_file():
+        raise CheckpointError(
+            f"{run} holds no trained dvae: run `dalle train-dvae --run {run}` first, or name another --run"
+        )
+    dvae = DVAE.load(run / "dvae", best_device())
+    config = dvae.config
+    return Codes(
+        config.image_size, config.grid, config.vocab_size, dvae.encode, dvae.decode, dvae.codebook(),
+        fingerprint_of(run),
+    )  # fmt: skip
 
 
 def fingerprint_of(run: Path) -> str:

@@ -40,7 +40,15 @@ class DVAEConfig:
     def __post_init__(self) -> None:
         if self.pixel_std is not None and self.pixel_std <= 0:
             raise ConfigError(f"pixel_std={self.pixel_std} must be above 0")
-        for name in ("image_size", "vocab_size", "hidden", "codebook_width", "groups", "blocks_per_group", "patch"):
+        for name in (
+            "image_size",
+            "vocab_size",
+            "hidden",
+            "codebook_width",
+            "groups",
+            "blocks_per_group",
+            "patch",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.vocab_size < 2:
@@ -92,7 +100,8 @@ class DVAETraining(Training):
         0.0, "weight, per position as beta's, of pulling the mean posterior to uniform", paper="no such term"
     )
     start: Literal["random", "patches"] = setting(
-        "random", "weights at the start: random, or such that every code stands for a cluster of patches",
+        "random",
+        "weights at the start: random, or such that every code stands for a cluster of patches",
         paper="random (released code)",
     )
     beta1: float = setting(0.9, "AdamW's decay of the mean", paper="0.9")
@@ -135,6 +144,7 @@ PRESETS: dict[str, tuple[DVAEConfig, DVAETraining]] = {
             beta=0.02,
             beta_steps=1_000,
             tau_start=1 / 16,
+            tau_steps=1_000,
             usage_weight=0.2,
             start="patches",
             clip=1.0,

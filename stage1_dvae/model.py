@@ -176,6 +176,11 @@ class DVAE(nn.Module):
             )
         return self.encoder(map_pixels(pixels))
 
+    def codebook(self) -> Float[Tensor, "v c"]:
+        """The decoder's vector for every code: rows of its first layer."""
+        table: Any = self.decoder.blocks.input
+        return table.w.detach()[:, :, 0, 0].t()
+
     def encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b grid grid"]:
         """The most probable code of every cell (no noise: paper, §2.2)."""
         return self.logits(pixels).argmax(1)

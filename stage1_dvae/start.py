@@ -22,7 +22,7 @@ SAMPLES = 32  # patches clustered for every code
 ROUNDS = 8  # of assigning patches to the nearest centre and moving the centres
 ROWS = 8192  # patches compared with all centres at once
 SCALE = 0.2  # b of every pixel, in logits, at the start
-SHARPEN = 4  # less noise between neighbouring clusters than their true widths would give
+SHARPEN = 16  # less noise between neighbouring clusters than their true widths would give
 
 
 def pictures_needed(config: DVAEConfig) -> int:
@@ -45,8 +45,9 @@ def start_from_patches(model: DVAE, pixels: Float[Tensor, "b 3 h w"], seed: int)
     config = model.config
     if config.groups != 1 or config.codebook_width != config.hidden or config.hidden % 2:
         raise ConfigError(
-            f"start=patches needs groups=1, an even hidden and codebook_width=hidden, not groups={config.groups}, "
-            f"hidden={config.hidden}, codebook_width={config.codebook_width}; or use start=random"
+            "start=patches needs groups=1, an even hidden and codebook_width=hidden, not "
+            f"groups={config.groups}, hidden={config.hidden}, codebook_width={config.codebook_width}; "
+            "or use start=random"
         )
     generator = torch.Generator().manual_seed(seed)
     patches = _patches(map_pixels(pixels), config.patch)

@@ -83,6 +83,11 @@ class PriorTraining(Training):
     )
     bpe_captions: int = setting(200_000, "captions from which they are learned, at most", paper="not stated")
     bpe_dropout: float = setting(0.1, "share of merges left out while training", paper="0.1")
+    image_start: Literal["random", "codebook"] = setting(
+        "random",
+        "image tokens at the start: random, or alike where the dVAE's codebook is",
+        paper="not stated",
+    )
     recompute: bool = setting(
         False, "recompute activations in the backward pass: less memory", paper="yes (App. D)"
     )
@@ -97,10 +102,10 @@ class PriorTraining(Training):
 PRESETS: dict[str, tuple[PriorConfig, PriorTraining]] = {
     # Minutes on two CPU cores. Departures from the paper are explained in docs/paper.md.
     "tiny": (
-        PriorConfig(text_length=48, depth=4, width=128, heads=4),
+        PriorConfig(text_length=32, depth=4, width=128, heads=4),
         PriorTraining(
             batch_size=16,
-            steps=1_500,
+            steps=4_000,
             lr=2e-3,
             lr_end=5e-5,
             warmup=50,
@@ -108,6 +113,8 @@ PRESETS: dict[str, tuple[PriorConfig, PriorTraining]] = {
             beta2=0.98,
             ema_every=1,
             bpe_vocab=2048,
+            bpe_captions=20_000,
+            image_start="codebook",
         ),
     ),
     # One GPU, hours.

@@ -21,6 +21,7 @@ from stage2_prior.attention import Attention, Cache
 from stage2_prior.config import PriorConfig
 from stage2_prior.masks import Kind, kinds
 
+HEAD_SPREAD = 0.1  # of the logits at the start where the head does not begin at 0 (see `start_from`)
 SPREAD = 0.125  # variance of weights × fan-in, as in Sparse Transformers, which the paper follows
 
 
@@ -106,6 +107,23 @@ class Prior(nn.Module):
         for head in (self.text_head, self.image_head):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
+
+    @torch.no_grad()
+    def start_from(self, vectors: Float[Tensor, "v c"], seed: int) -> None:
+        """Begin with embeddings, and rows of the image head, that are alike for codes whose vectors are.
+
+        What is learned of one code then holds for its neighbours from the first update. The vectors'
+        principal components are turned at random, so that every channel and head has a share of each.
+        """
+        width = self.config.width
+        vectors = vectors.float().cpu()
+        centred = vectors - vectors.mean(0)
+        directions = torch.linalg.svd(centred, full_matrices=False).Vh[:width]
+        turn = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(seed))).Q
+        placed = centred @ directions.t() @ turn[: len(directions)]
+        placed /= placed.std().clamp_min(1e-6)
+        self.image_tokens.weight.copy_(placed * math.sqrt(SPREAD / width))
+        self.image_head.weight.copy_(placed * HEAD_SPREAD / math.sqrt(width))
 
     @classmethod
     def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> "Prior":

@@ -4,7 +4,7 @@ The dVAE comes as two functions, `encode` and `decode`: this stage knows nothing
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -30,6 +30,7 @@ from dalle.schedules import Plateau, cosine, warmup
 from dalle.text import Tokenizer
 from dalle.text import fit as fit_text
 from dalle.training import fit
+from stage2_prior.codes import Codes
 from stage2_prior.config import PRESETS, PriorTraining
 from stage2_prior.loss import losses
 from stage2_prior.model import Prior
@@ -42,31 +43,6 @@ SCENE_PROMPTS = (
     "a red circle left of a blue square", "a purple heart above a cyan diamond", "two orange crosses",
     "a pink ring on a black background",
 )  # fmt: skip
-
-
-class Codes:
-    """The frozen dVAE as this stage sees it.
-
-    Args:
-        image_size: pixels per side.
-        grid: codes per side.
-        vocab_size: number of codes.
-        encode: pixels in [0, 1] `b 3 h w` → codes `b grid grid`.
-        decode: the inverse.
-        fingerprint: names the dVAE's weights.
-    """
-
-    def __init__(
-        self,
-        image_size: int,
-        grid: int,
-        vocab_size: int,
-        encode: Callable[[Tensor], Tensor],
-        decode: Callable[[Tensor], Tensor],
-        fingerprint: str,
-    ) -> None:
-        self.image_size, self.grid, self.vocab_size = image_size, grid, vocab_size
-        self.encode, self.decode, self.fingerprint = encode, decode, fingerprint
 
 
 def resolve(options: Options, codes: Codes, *, preset: str, data: str) -> Plan:
@@ -121,7 +97,10 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
     )
 
     torch.manual_seed(config.seed)
-    model = Prior(run.model).to(device)
+    model = Prior(run.model)
+    if config.image_start == "codebook":
+        model.start_from(codes.vectors, config.seed)
+    model.to(device)
     model.recompute = config.recompute
     optimizer = AdamW(
         model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,

@@ -23,7 +23,7 @@ def test_a_presets_schedules_end_within_its_steps(name):
     assert training.warmup + training.eval_every <= training.steps
     for horizon in (training.lr_steps, training.beta_steps, training.tau_steps):
         assert 0 < horizon <= training.steps
-    assert training.tau < training.tau_start
+    assert training.tau <= training.tau_start
 
 
 @EACH_PRESET

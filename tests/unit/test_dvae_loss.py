@@ -23,7 +23,7 @@ def model() -> DVAE:
     torch.manual_seed(0)
     config = DVAEConfig(
         image_size=20, vocab_size=11, hidden=8, codebook_width=5, groups=3, blocks_per_group=1,
-        gain=0.5, codebook_std=1.0,
+        gain=0.5,
     )  # fmt: skip
     return DVAE(config)
 

@@ -1,7 +1,6 @@
 """The dVAE's shapes, refusals, size and files."""
 
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from dalle.checkpoint import FORMAT, save_weights, write_json
 from dalle.config import to_json
 from dalle.errors import CheckpointError, DalleError
 from stage1_dvae.config import PRESETS, DVAEConfig
-from stage1_dvae.likelihood import reconstruction
+from stage1_dvae.likelihood import map_pixels, reconstruction
 from stage1_dvae.model import DVAE, Conv2d, ResBlock
 
 CONFIG = DVAEConfig(image_size=20, vocab_size=11, hidden=8, codebook_width=5, groups=3, blocks_per_group=1)
@@ -93,9 +92,9 @@ def test_an_empty_batch_is_no_error():
     assert model.decode(codes(0)).shape == (0, 3, 20, 20)
 
 
-@pytest.mark.parametrize("min_scale", [0.0, 0.03])
-def test_looking_up_is_the_product_with_one_hot_codes_bit_for_bit(min_scale):
-    model = dvae(codebook_std=1.0, min_scale=min_scale)
+@pytest.mark.parametrize("patch", [1, 2])
+def test_looking_up_is_the_product_with_one_hot_codes_bit_for_bit(patch):
+    model = dvae(patch=patch, image_size=20 * patch)
     torch.nn.init.normal_(model.decoder.blocks.input.b)
     one_hot = F.one_hot(codes(), 11).permute(0, 3, 1, 2).float()
     parameters = model.decoder(one_hot)
@@ -103,13 +102,16 @@ def test_looking_up_is_the_product_with_one_hot_codes_bit_for_bit(min_scale):
     torch.testing.assert_close(model.decode(codes()), reconstruction(parameters), rtol=0, atol=0)
 
 
-def test_the_scale_has_its_floor_and_the_location_is_untouched():
-    plain, floored = dvae(), dvae(min_scale=0.25)
-    floored.load_state_dict(plain.state_dict())
-    one_hot = F.one_hot(codes(), 11).permute(0, 3, 1, 2).float()
-    without, with_ = plain.decoder(one_hot), floored.decoder(one_hot)
-    assert torch.equal(without[:, :3], with_[:, :3])
-    torch.testing.assert_close(with_[:, 3:].exp(), without[:, 3:].exp() + 0.25)
+def test_patches_are_folded_into_channels_and_out_again():
+    """A model of patches is one of single pixels between two rearrangements."""
+    model = dvae(patch=2, image_size=40)
+    assert model.config.grid == dvae().config.grid == 5
+    x = pixels(2, 40)
+    folded = F.pixel_unshuffle(map_pixels(x), 2)
+    y = model.encoder.blocks.input(folded)
+    assert y.shape == (2, model.config.hidden, 20, 20)
+    assert torch.equal(model.logits(x), model.encoder.blocks(folded))
+    assert model.decode(model.encode(x)).shape == x.shape
 
 
 def test_a_resblock_is_the_identity_plus_its_gain_times_four_convolutions():
@@ -131,11 +133,13 @@ def test_the_gain_is_one_over_the_square_of_the_depth_unless_set():
     assert {m.gain for m in dvae(gain=0.5).modules() if isinstance(m, ResBlock)} == {0.5}
 
 
-def test_the_codebooks_spread_can_be_set():
-    spread = [
-        dvae(vocab_size=311, codebook_std=std).decoder.blocks.input.w.std().item() for std in (None, 2.0)
-    ]
-    assert spread == [pytest.approx(1 / math.sqrt(311), rel=0.1), pytest.approx(2.0, rel=0.1)]
+def test_the_codebook_has_a_vector_for_every_code():
+    model = dvae()
+    one_hot = F.one_hot(torch.arange(11).reshape(1, 1, 11)).permute(0, 3, 1, 2).float()
+    expected = (model.decoder.blocks.input(one_hot) - model.decoder.blocks.input.b[:, None, None])[
+        0, :, 0
+    ].t()
+    torch.testing.assert_close(model.codebook(), expected)
 
 
 def test_the_layers_beside_the_codes_stay_in_fp32_under_autocast():
@@ -170,7 +174,7 @@ def save(folder, model: DVAE) -> None:
 
 
 def test_a_saved_model_comes_back_ready_to_use(tmp_path):
-    model = dvae(gain=0.5, min_scale=0.1)
+    model = dvae(gain=0.5)
     save(tmp_path, model)
     loaded = DVAE.load(str(tmp_path))
     assert loaded.config == model.config

@@ -44,9 +44,20 @@ def test_the_first_pictures_are_the_same_however_many_are_drawn(model):
     assert len(set(many)) == 19
 
 
+def test_prompts_can_have_seeds_of_their_own(model):
+    together = bytes_of(model(PROMPTS, n=2, seed=[5, 6, 5]))
+    apart = [
+        one for prompt, seed in zip(PROMPTS, (5, 6, 5), strict=True)
+        for one in bytes_of(model(prompt, n=2, seed=seed))
+    ]  # fmt: skip
+    assert together == apart
+    with pytest.raises(DataError, match="2 seeds for 3 prompts"):
+        model(PROMPTS, seed=[1, 2])
+
+
 def test_the_codes_are_the_same_too(model):
     tokens = model._tokens(PROMPTS[:1])
-    four, sixteen = (model._codes(tokens, 3, range(n), Sampling(), None) for n in (4, 16))
+    four, sixteen = (model._codes(tokens, [3], range(n), Sampling(), None) for n in (4, 16))
     assert torch.equal(four, sixteen[:4])
 
 
@@ -191,7 +202,7 @@ def test_half_precision_draws_too(run):
 
 
 def test_the_pictures_are_the_decoded_codes(model):
-    codes = model._codes(model._tokens(PROMPTS[:1]), 0, range(2), Sampling(), None)
+    codes = model._codes(model._tokens(PROMPTS[:1]), [0], range(2), Sampling(), None)
     decoded = (model.dvae.decode(codes) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     for picture, expected in zip(model(PROMPTS[0], n=2), decoded, strict=True):
         assert np.array_equal(np.asarray(picture), expected)

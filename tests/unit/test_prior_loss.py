@@ -68,7 +68,9 @@ def stage(tmp_path, model, **settings) -> Stage2:
     training = PriorTraining(**settings)
     plan = Plan(tmp_path, "tiny", "scenes", model.config, training, resumed=False)
     grid = model.config.grid
-    dvae = Codes(16, grid, 13, lambda p: (p[:, 0, :grid, :grid] * 12).round().long(), lambda c: c, "0")
+    dvae = Codes(
+        16, grid, 13, lambda p: (p[:, 0, :grid, :grid] * 12).round().long(), lambda c: c, torch.eye(13), "0"
+    )
     words = tiny.tokenizer()
     heldout = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     tokens = torch.from_numpy(fit(words.encode("red"), model.config.text_length - 1)[0]).repeat(2, 1)

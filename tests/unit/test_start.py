@@ -1,32 +1,97 @@
-"""A start from which unlike cells choose unlike codes."""
+"""A start at which the dVAE is a vector quantiser of patches."""
 
+import dataclasses
+
+import pytest
 import torch
+import torch.nn.functional as F
 
+from dalle.errors import ConfigError
 from stage1_dvae.config import DVAEConfig
+from stage1_dvae.likelihood import map_pixels
 from stage1_dvae.model import DVAE
-from stage1_dvae.start import spread_logits
+from stage1_dvae.start import k_means, pictures_needed, start_from_patches
 
-TINY = DVAEConfig(image_size=12, vocab_size=7, hidden=4, codebook_width=3, groups=2, blocks_per_group=1)
+TINY = DVAEConfig(
+    image_size=8, vocab_size=6, hidden=96, codebook_width=96, groups=1, blocks_per_group=1, patch=4, gain=1.0
+)
 
 
-def test_every_code_s_logit_has_mean_0_and_the_spread_asked_for():
+def patches_of(pixels):
+    return F.pixel_unshuffle(pixels, 4).movedim(1, -1).flatten(0, 2)
+
+
+def pictures_of(kinds, n=20):
+    """Pictures put together from these patches, `k 3 4 4`, and which patch is where."""
+    which = torch.randint(len(kinds), (n, 2, 2), generator=torch.Generator().manual_seed(1))
+    return kinds[which].permute(0, 3, 1, 4, 2, 5).reshape(n, 3, 8, 8), which
+
+
+def started(pixels, config=TINY):
     torch.manual_seed(0)
-    model, pixels = DVAE(TINY), torch.rand(5, 3, 12, 12)
-    spread_logits(model, pixels, 1.5)
-    logits = model.logits(pixels).movedim(1, -1).flatten(0, 2)
-    torch.testing.assert_close(logits.mean(0), torch.zeros(7), atol=1e-5, rtol=0)
-    torch.testing.assert_close(logits.std(0), torch.full((7,), 1.5))
+    model = DVAE(config)
+    start_from_patches(model, pixels, seed=0)
+    return model
 
 
-def test_more_codes_are_in_use_than_before():
-    torch.manual_seed(0)
-    model, pixels = DVAE(TINY), torch.rand(5, 3, 12, 12)
-    before = model.encode(pixels).unique().numel()
-    spread_logits(model, pixels, 1.5)
-    assert model.encode(pixels).unique().numel() == 7 > before
+def test_as_many_patches_as_codes_come_back_exactly_each_by_a_code_of_its_own():
+    kinds = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    pixels, which = pictures_of(kinds)
+    model = started(pixels)
+    codes = model.encode(pixels)
+    torch.testing.assert_close(model.decode(codes), pixels, atol=2e-3, rtol=0)
+    pairs = set(zip(which.flatten().tolist(), codes.flatten().tolist(), strict=True))
+    assert len(pairs) == len({code for _, code in pairs}) == 6
 
 
-def test_a_code_that_no_cell_prefers_stays_finite():
-    model = DVAE(TINY)
-    spread_logits(model, torch.full((2, 3, 12, 12), 0.5).round(), 1.5)
+def test_a_patch_gets_the_code_of_the_nearest_cluster():
+    pixels = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    model = started(pixels)
+    shown = patches_of(map_pixels(model.decode(torch.arange(6).repeat(4, 1).t().reshape(6, 2, 2))))[::4]
+    distance = torch.cdist(patches_of(map_pixels(pixels)), shown)
+    # In all 48 components; means lie inside of [0.1, 0.9], so nothing is clamped.
+    assert torch.equal(model.encode(pixels).flatten(), distance.argmin(1))
+
+
+def test_every_code_is_in_use():
+    pixels = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    assert started(pixels).encode(pixels).unique().numel() == 6
+
+
+def test_fewer_different_patches_than_codes_are_no_error():
+    flat = torch.ones(5, 3, 8, 8) * torch.tensor([0.2, 0.4, 0.4, 0.9, 0.9])[:, None, None, None]
+    model = started(flat)
     assert all(p.isfinite().all() for p in model.parameters())
+    torch.testing.assert_close(model.decode(model.encode(flat)), flat, atol=5e-3, rtol=0)
+
+
+def test_the_same_seed_gives_the_same_weights():
+    pixels = torch.rand(30, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    one, other = started(pixels).state_dict(), started(pixels).state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "change", [{"groups": 2, "image_size": 16}, {"codebook_width": 48}, {"hidden": 20, "codebook_width": 24}]
+)
+def test_geometries_without_patches_are_refused(change):
+    config = dataclasses.replace(TINY, **change)
+    with pytest.raises(ConfigError, match=r"start=patches needs groups=1.* or use start=random"):
+        start_from_patches(DVAE(config), torch.rand(4, 3, config.image_size, config.image_size), 0)
+
+
+def test_centres_are_the_weighted_means_of_what_is_nearest_to_them():
+    generator = torch.Generator().manual_seed(5)
+    middles = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    points = (middles[:, None] + torch.rand(3, 50, 2, generator=generator)).flatten(0, 1)
+    weights = torch.rand(150, generator=generator) + 0.1
+    found = k_means(points, weights, 3, generator)
+    for middle in range(3):
+        own = slice(50 * middle, 50 * (middle + 1))
+        mean = (points[own] * weights[own, None]).sum(0) / weights[own].sum()
+        assert torch.cdist(mean[None], found).min() < 1e-4
+
+
+def test_enough_pictures_are_asked_for():
+    config = dataclasses.replace(TINY, vocab_size=100)
+    assert pictures_needed(config) * config.grid**2 >= 4 * 32 * 100
