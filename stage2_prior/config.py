@@ -102,7 +102,7 @@ class PriorTraining(Training):
 PRESETS: dict[str, tuple[PriorConfig, PriorTraining]] = {
     # Minutes on two CPU cores. Departures from the paper are explained in docs/paper.md.
     "tiny": (
-        PriorConfig(text_length=32, depth=4, width=128, heads=4),
+        PriorConfig(text_length=40, depth=4, width=128, heads=4),
         PriorTraining(
             batch_size=16,
             steps=4_000,
