@@ -72,19 +72,28 @@ def evaluate(
     run: Run = DEFAULT_RUN,
     prompts: Annotated[int, typer.Option(min=1, help="Of every kind.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Decides the noise.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for report.html and report.json; by default the run's.", show_default=False
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures, for machines.")] = False,
 ) -> None:
-    """Draw unseen prompts of the built-in scenes and judge them; writes R/report.html and report.json."""
+    """Draw unseen prompts of the built-in scenes and judge them; writes report.html and report.json."""
+    from dalle.builtin import FOLDER, find_run
     from dalle.report import judge_and_report
 
     command = f"dalle evaluate --run {run} --prompts {prompts} --seed {seed}"
-    figures = judge_and_report(run, prompts, command, seed=seed)
+    found = find_run(run)
+    folder = out or (Path("evaluation") if found == FOLDER else run)
+    figures = judge_and_report(found, prompts, command, folder, seed=seed)
     if json:
         import json as encoder
 
         typer.echo(encoder.dumps(figures, indent=2))
     else:
-        typer.echo(run / "report.html")
+        typer.echo(folder / "report.html")
 
 
 @app.command("train-dvae")
@@ -137,6 +146,19 @@ def train_prior(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder of a trained model.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+) -> None:
+    """What drawing needs of a run, to hand on: weights in 16 bits, no training states."""
+    from dalle.builtin import export as write
+    from dalle.console import say
+
+    size = write(run, out)
+    say(f"{size / 1e6:.1f} MB in {out}; draw with it: dalle sample PROMPT --run {out}")
+
+
+@app.command()
 def sample(
     prompts: Annotated[
         list[str],
@@ -144,7 +166,14 @@ def sample(
             metavar="PROMPT…", help="What to draw; - reads prompts from standard input, one a line."
         ),
     ],
-    run: Run = DEFAULT_RUN,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run",
+            help="Run folder, or scenes: the built-in model, which is the default without runs/default.",
+            show_default=False,
+        ),
+    ] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Pictures per prompt.")] = 1,
     seed: Annotated[
         int, typer.Option(min=0, help="Decides the noise: the same seed draws the same pictures.")
@@ -160,10 +189,15 @@ def sample(
         typer.Option(help="Draw only from the likeliest codes that reach probability P.", show_default=False),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the pictures; by default R/samples.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Folder for the pictures; by default R/samples, or samples for the built-in model.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Draw pictures for prompts; prints the paths of the PNGs, and of a sheet of all if they are several."""
+    from dalle.builtin import ABOUT, FOLDER, NAME, find_run
     from dalle.console import Bar, say
     from dalle.drawings import save_drawings
     from dalle.pipeline import TextToImage
@@ -174,6 +208,10 @@ def sample(
     if not wanted:
         raise DalleError('no prompt was given; say what to draw, such as: dalle sample "a red circle"')
     sampling = Sampling(temperature, top_k, top_p)
+    if run is None and not DEFAULT_RUN.exists():
+        say(f"drawing with the built-in model, which knows {ABOUT}; dalle train-dvae begins one of your own")
+        run = Path(NAME)
+    run = find_run(run or DEFAULT_RUN)
     model = TextToImage.load(run)
     total = len(wanted) * n * model.prior.config.cells
     with Bar("drawing", total, unit="tokens") as bar:
@@ -186,8 +224,17 @@ def sample(
 
         pictures = model(wanted, n, seed=seed, sampling=sampling, on_token=count)
     captions = [prompt for prompt in wanted for _ in range(n)]
-    made = {"run": str(run), "seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    paths = save_drawings(out or run / "samples", pictures, captions, n, made)
+    builtin = run == FOLDER
+    made = {
+        "run": NAME if builtin else str(run),
+        "seed": seed,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
+    paths = save_drawings(
+        out or (Path("samples") if builtin else run / "samples"), pictures, captions, n, made
+    )
     say(f"drew {len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {bar.clock.seconds:.1f} s")
     for path in paths:
         typer.echo(path)
@@ -210,11 +257,12 @@ def reconstruct(
     ] = None,
 ) -> None:
     """Pictures through the dVAE and back; prints the path of each pair, before and after."""
+    from dalle.builtin import find_run
     from dalle.drawings import save_reconstructions
     from dalle.precision import best_device
     from stage1_dvae.model import DVAE
 
-    model = DVAE.load(run / "dvae", best_device())
+    model = DVAE.load(find_run(run) / "dvae", best_device())
     for path in save_reconstructions(out or run / "reconstructions", model, images):
         typer.echo(path)
 
@@ -242,9 +290,10 @@ def info(
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """What a run folder holds: shapes, parameters, steps, data, the last metrics."""
+    from dalle.builtin import find_run
     from dalle.info import describe_run, facts_of_run
 
-    facts = facts_of_run(run)
+    facts = facts_of_run(find_run(run))
     if json:
         import json as encoder
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ M = TypeVar("M", bound=nn.Module)
 
 FORMAT = 1  # of both kinds of files; a change comes with an upgrade of the older one
 STATE = "state.json"
+LARGE = 256 * 2**20  # bytes of weights
 
 
 def fingerprint(path: Path) -> str:
@@ -121,7 +122,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     path = folder / "weights.safetensors"
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist: nothing has been trained or imported there yet")
-    saved = _load_file(path)
+    saved = load_tensors(path)
     wanted = model.state_dict()
     if saved.keys() != wanted.keys():
         missing, extra = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
@@ -135,6 +136,8 @@ def load_weights(folder: Path, model: nn.Module) -> None:
                 f"{path} is of another model: {name} has shape {tuple(saved[name].shape)}, "
                 f"its config.json asks for {tuple(tensor.shape)}"
             )
+    # What was saved in 16 bits to travel is computed in fp32 all the same.
+    saved = {name: tensor.to(wanted[name].dtype) for name, tensor in saved.items()}
     model.load_state_dict(saved, assign=any(w.is_meta for w in wanted.values()))
 
 
@@ -147,13 +150,22 @@ def load_model(folder: Path, kind: Callable[[C], M], config_kind: type[C], devic
     """
     path = folder / "config.json"
     config = from_json(config_kind, read_json(path).get("model"), str(path))
-    with torch.device("meta"):  # no weights are drawn that would be overwritten at once
+    weights = folder / "weights.safetensors"
+    large = weights.is_file() and weights.stat().st_size > LARGE
+    # Weights that are overwritten at once are not drawn either; but for small ones torch's machinery behind
+    # the meta device, two seconds of imports, would take far longer than drawing them.
+    with torch.device("meta") if large else nullcontext():
         model = kind(config)
     load_weights(folder, model)
     return model.to(device).eval().requires_grad_(False)
 
 
-def _load_file(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another kind.
+    """
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -236,7 +248,7 @@ def load_state(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]
             raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
         if found != expected:
             raise CheckpointError(f"{file} is not what was saved (its hash differs)")
-        tensors[file.stem] = _load_file(file)
+        tensors[file.stem] = load_tensors(file)
     return values, tensors
 
 

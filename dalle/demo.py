@@ -50,7 +50,7 @@ def demo(run: Path, minutes: float) -> bool:
 
     if not prior(_options(run, "prior", PRIOR_SHARE * 60 * minutes, prior)):
         return False
-    judge_and_report(run, PROMPTS, f"dalle demo --minutes {minutes:g}")
+    judge_and_report(run, PROMPTS, f"dalle demo --minutes {minutes:g}", run)
     return True
 
 

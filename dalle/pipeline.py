@@ -10,6 +10,7 @@ from jaxtyping import Int
 from PIL.Image import Image
 from torch import Tensor
 
+from dalle.builtin import find_run
 from dalle.checkpoint import fingerprint, read_json
 from dalle.errors import CheckpointError, DataError
 from dalle.pictures import to_images
@@ -51,7 +52,7 @@ class TextToImage:
     def load(
         cls, run: Path | str, device: torch.device | str | None = None, precision: Precision = "auto"
     ) -> "TextToImage":
-        """The model of the run folder `run`.
+        """The model of the run folder `run`; "scenes" is the built-in one.
 
         Args:
             device: where to draw; by default CUDA where there is one.
@@ -61,7 +62,7 @@ class TextToImage:
             CheckpointError: a stage is missing or damaged, or the prior was trained on another dVAE or
                 tokenizer.
         """
-        run, device = Path(run), torch.device(device) if device else best_device()
+        run, device = find_run(Path(run)), torch.device(device) if device else best_device()
         for stage, command in (("dvae", "train-dvae"), ("prior", "train-prior")):
             if not (run / stage / "weights.safetensors").is_file():
                 raise CheckpointError(

@@ -24,9 +24,9 @@ FACTS = ("count", "shape", "colour", "size", "place", "relation", "background")
 
 
 def judge_and_report(
-    run: Path, prompts: int, command: str, *, seed: int = 0, sampling: Sampling | None = None
+    run: Path, prompts: int, command: str, out: Path, *, seed: int = 0, sampling: Sampling | None = None
 ) -> dict[str, Any]:
-    """Draw and judge held-out prompts of the scenes; write R/report.html and R/report.json.
+    """Draw and judge held-out prompts of the scenes; write report.html and report.json into `out`.
 
     Args:
         prompts: of every split.
@@ -53,8 +53,8 @@ def judge_and_report(
         "machine": machine(),
         "stages": {stage: _stage(run / stage) for stage in ("dvae", "prior")},
     }
-    write_json(run / "report.json", figures)
-    with replacing(run / "report.html") as partial:
+    write_json(out / "report.json", figures)
+    with replacing(out / "report.html") as partial:
         partial.write_text(page(figures, run, scores), encoding="utf-8")
     for name, score in scores.items():
         say(f"{TITLES[name]}: {score.right} of {len(score.drawings)} right")

@@ -1,0 +1,49 @@
+"""The model that travels with the project, and how a trained run becomes one."""
+
+from pathlib import Path
+
+import torch
+
+from dalle.checkpoint import load_tensors, read_json, replacing, save_weights, write_json
+from dalle.errors import CheckpointError
+
+NAME = "scenes"
+FOLDER = Path(__file__).parent / "models" / NAME
+ABOUT = (
+    "one to four flat-coloured shapes on a plain background, such as "
+    '"a red circle left of a blue square" or "three yellow stars on a black background"'
+)
+
+
+def find_run(run: Path) -> Path:
+    """The folder of a run: `run` itself, or the built-in model where that is asked for by its name.
+
+    A folder of that name in the working directory goes first.
+    """
+    return FOLDER if run == Path(NAME) and not run.exists() else run
+
+
+def export(run: Path, out: Path) -> int:
+    """Write all that drawing needs of `run` to `out`, weights in 16 bits; returns the bytes written.
+
+    Raises:
+        CheckpointError: a stage is missing or damaged, or `out` holds something already.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise CheckpointError(f"{out} is not empty: name a new folder")
+    for stage in ("dvae", "prior"):
+        config = read_json(run / stage / "config.json")
+        weights = load_tensors(run / stage / "weights.safetensors")
+        written = save_weights(
+            out / stage, {name: tensor.to(torch.float16) for name, tensor in weights.items()}
+        )
+        if stage == "dvae":
+            dvae = written
+        else:
+            config["dvae"] = dvae
+        write_json(out / stage / "config.json", config)
+    for name in ("prior/tokenizer.json", "report.json"):
+        if (run / name).is_file():
+            with replacing(out / name) as partial:
+                partial.write_bytes((run / name).read_bytes())
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
