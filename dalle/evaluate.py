@@ -10,7 +10,6 @@ from typing import Any
 from PIL.Image import Image
 
 from dalle.errors import ConfigError
-from dalle.pipeline import TextToImage
 from dalle.scenes.facts import Kind
 from dalle.scenes.judge import Verdict, judge
 from dalle.scenes.source import Scenes
@@ -82,7 +81,7 @@ def interval(right: int, asked: int) -> tuple[float, float]:
 
 
 def evaluate(
-    model: TextToImage,
+    model: Callable[..., list[Image]],
     prompts: int,
     *,
     seed: int = 0,
@@ -92,6 +91,7 @@ def evaluate(
     """Draw one picture for each of `prompts` prompts of every split, and judge it.
 
     Args:
+        model: a `TextToImage`, or what is called like one.
         on_drawn: called with the number of pictures drawn since the last call.
 
     Raises:
@@ -106,7 +106,7 @@ def evaluate(
 
 
 def _score(
-    model: TextToImage,
+    model: Callable[..., list[Image]],
     scenes: Scenes,
     kind: Kind | None,
     prompts: int,

@@ -76,7 +76,7 @@ def _stage(folder: Path) -> dict[str, Any]:
     return {
         "steps": lines[-1]["step"] if lines else 0,
         "seconds": round(sum(line["seconds"] for line in trained), 1),
-        "batch_size": read_json(folder / "config.json")["training"]["batch_size"],
+        "batch_size": read_json(folder / "config.json").get("training", {}).get("batch_size"),
         **last,
     }
 
@@ -110,6 +110,8 @@ def page(figures: Mapping[str, Any], run: Path, scores: Mapping[str, Score]) -> 
 
 
 def _timing(stage: Mapping[str, Any]) -> str:
+    if not stage["steps"]:
+        return "How it was trained is not known here."
     minutes = stage["seconds"] / 60
     return f"{stage['steps']:,} updates of {stage['batch_size']} pictures in {minutes:.1f} minutes."
 

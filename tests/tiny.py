@@ -84,12 +84,12 @@ def write_dvae(run: Path, seed: int = 0, **shape: Any) -> DVAE:
     return model
 
 
-def write_run(run: Path, seed: int = 0) -> Path:
+def write_run(run: Path, seed: int = 0, captions: Iterable[str] | None = None, text_length: int = 9) -> Path:
     """A run folder that can draw, without training and without states."""
     write_dvae(run, seed)
-    words = tokenizer()
+    words = tokenizer() if captions is None else Tokenizer.train(captions, 400)
     words.save(run / "prior" / "tokenizer.json")
-    model = prior(seed, text_length=9, text_vocab=words.vocab_size)
+    model = prior(seed, text_length=text_length, text_vocab=words.vocab_size)
     save_weights(run / "prior", model.state_dict())
     facts = {
         "format": FORMAT,

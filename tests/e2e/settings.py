@@ -9,7 +9,9 @@ def options(**settings: Any) -> list[str]:
 
 
 COMMON = {"workers": 0, "eval_pictures": 3, "batch_size": 4, "precision": "fp32", "save_every": 2}
-DVAE = options(image_size=16, hidden=4, groups=3, vocab_size=16, codebook_width=6, **COMMON)
+DVAE = options(
+    image_size=16, hidden=12, codebook_width=12, blocks_per_group=1, patch=4, vocab_size=16, **COMMON
+)  # fmt: skip
 PRIOR = options(width=12, heads=3, depth=3, text_length=29, bpe_vocab=290, bpe_captions=50, **COMMON)
 
 

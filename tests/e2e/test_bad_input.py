@@ -130,7 +130,7 @@ def test_a_tar_without_a_caption(dalle, tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--set", "image_size=18"], "image_size=18 must be a multiple of 4 (= 2^(groups−1)): use 16 or 20"),
+        (["--set", "image_size=18"], "image_size=18 must be a multiple of 4 (= patch·2^(groups−1)): use 16 or 20"),
         (["--preset", "tinny"], "unknown preset 'tinny'; did you mean 'tiny'?"),
         (["--set", "batchsize=3"], "unknown setting 'batchsize'; did you mean 'batch_size'?"),
         (["--set", "batch_size=3.5"], "batch_size=3.5 must be a whole number"),
@@ -167,7 +167,7 @@ def test_settings_of_the_prior_that_cannot_be(dalle, run, more, said):
 @pytest.mark.parametrize(
     ("make", "more", "said"),
     [
-        (dvae, options(hidden=8), "was started with hidden=4, not 8: keep it, or use another --run"),
+        (dvae, options(hidden=8), "was started with hidden=12, not 8: keep it, or use another --run"),
         (dvae, ["--data", "elsewhere"], "was started with --data scenes, not elsewhere"),
         (dvae, ["--preset", "small"], "was started with --preset tiny, not small"),
         (prior, options(depth=2), "was started with depth=3, not 2"),
