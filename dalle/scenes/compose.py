@@ -18,10 +18,9 @@ Disc = tuple[float, float, float]  # x, y, radius
 
 MARGIN = 0.03  # between an object's box and the border
 GAP = 0.05  # between the boxes of two objects
-SMALL, LARGE = (0.17, 0.19), (0.285, 0.32)  # radii of an object alone; captions tell these two apart
-BESIDE = (0.17, 0.21)
-INNER, OUTER = (0.15, 0.17), (0.36, 0.40)
-COUNTED = (0.17, 0.20)
+SMALL, LARGE = 6 / 32, 10 / 32  # radii of an object alone; captions tell these two apart
+BESIDE = COUNTED = SMALL
+INNER, OUTER = 5 / 32, 12 / 32
 
 FRAMES: tuple[Shape, ...] = ("circle", "square", "diamond", "ring")  # what another object fits inside
 _BACKGROUNDS = tuple(BACKGROUNDS)
@@ -48,7 +47,7 @@ def _any(rng: Random, split: Split) -> Scene:
 
 def _single(rng: Random, pairs: tuple[Pair, ...]) -> Scene:
     colour, shape = rng.choice(pairs)
-    radius = rng.uniform(*rng.choice((SMALL, LARGE)))
+    radius = rng.choice((SMALL, LARGE))
     x, y = _nameable(rng, radius), _nameable(rng, radius)
     return Scene(rng.choice(_BACKGROUNDS), (_object(shape, colour, (x, y, radius)),))
 
@@ -79,36 +78,33 @@ def _pair(rng: Random, held_out: bool) -> Scene:
 
 
 def _inside(rng: Random) -> tuple[Disc, Disc]:
-    inner, outer = rng.uniform(*INNER), rng.uniform(*OUTER)
-    free = 0.5 - MARGIN - outer
+    free = 0.5 - MARGIN - OUTER
     x, y = 0.5 + rng.uniform(-free, free), 0.5 + rng.uniform(-free, free)
-    return (x + rng.uniform(-0.01, 0.01), y + rng.uniform(-0.01, 0.01), inner), (x, y, outer)
+    return (x, y, INNER), (x, y, OUTER)
 
 
 def _beside(rng: Random, relation: Relation) -> tuple[Disc, Disc]:
     """Two objects as for "left of", then mirrored and turned into what was asked for."""
-    first, second = rng.uniform(*BESIDE), rng.uniform(*BESIDE)
-    slack = 1 - 2 * (MARGIN + first + second) - GAP
-    a = MARGIN + first + slack * rng.uniform(0, 0.5)
-    b = 1 - MARGIN - second - slack * rng.uniform(0, 0.5)
+    slack = 1 - 2 * (MARGIN + 2 * BESIDE) - GAP
+    a = MARGIN + BESIDE + slack * rng.uniform(0, 0.5)
+    b = 1 - MARGIN - BESIDE - slack * rng.uniform(0, 0.5)
     level = rng.uniform(0.29, 0.71)  # with the next line, no nearer to the border than MARGIN
     c, d = level + rng.uniform(-0.06, 0.06), level + rng.uniform(-0.06, 0.06)
     if relation in ("right of", "below"):
         a, b = 1 - a, 1 - b
     if relation in ("above", "below"):
-        return (c, a, first), (d, b, second)
-    return (a, c, first), (b, d, second)
+        return (c, a, BESIDE), (d, b, BESIDE)
+    return (a, c, BESIDE), (b, d, BESIDE)
 
 
 def _count(rng: Random) -> Scene:
     """Equal objects, each in a quarter of the picture of its own."""
     colour, shape = rng.choice(TRAINED_PAIRS)
-    radius = rng.uniform(*COUNTED)
-    nearest, furthest = MARGIN + radius, 0.5 - GAP / 2 - radius
+    nearest, furthest = MARGIN + COUNTED, 0.5 - GAP / 2 - COUNTED
     quarters = rng.sample(tuple(product((False, True), repeat=2)), rng.choice((2, 3, 4)))
     objects = []
     for right, bottom in quarters:
         # In the far half the same span, mirrored, keeps the same distances to border and neighbour.
         x, y = rng.uniform(nearest, furthest), rng.uniform(nearest, furthest)
-        objects.append(_object(shape, colour, (1 - x if right else x, 1 - y if bottom else y, radius)))
+        objects.append(_object(shape, colour, (1 - x if right else x, 1 - y if bottom else y, COUNTED)))
     return Scene(rng.choice(_BACKGROUNDS), tuple(objects))

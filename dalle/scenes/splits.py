@@ -14,7 +14,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 Pair = tuple[Colour, Shape]
 
-LATTICE = 256  # places per side where an object can be: a quarter of a pixel at 64 pixels
+LATTICE = 32  # places per side where an object can be: few enough to be learned in minutes
 
 # One for each colour and each shape, so that all of them stay equally common in train.
 HELD_OUT_PAIRS: tuple[Pair, ...] = (
@@ -51,7 +51,9 @@ def is_held_out(first: Shape, relation: Relation, second: Shape) -> bool:
 def is_trained_picture(scene: Scene) -> bool:
     """Whether the picture is one for train: half of all are, like one colour of a chessboard's squares.
 
-    Positions lie on a lattice; the sum of them all, in its steps, is even in train and odd elsewhere. It
-    does not depend on the order of the objects, so no picture of another split is ever in train.
+    Positions lie on a lattice; the sum of them all, in its steps, is even in train and odd elsewhere; a
+    place that two objects share counts once. It does not depend on the order of the objects, so no picture
+    of another split is ever in train.
     """
-    return sum(round((thing.x + thing.y) * LATTICE) for thing in scene.objects) % 2 == 0
+    places = {(thing.x, thing.y) for thing in scene.objects}
+    return sum(round((x + y) * LATTICE) for x, y in places) % 2 == 0

@@ -334,31 +334,32 @@ def test_a_sample_is_a_function_of_split_and_index(split, index):
 def test_known_scenes_stay_what_they_are():
     """Another stream of random numbers would silently change the data that runs were trained on."""
     assert [Scenes(split).captions(0)[0] for split in SPLITS] == [
-        "a picture of a pink triangle over a pink cross",
-        "a grey background with a large blue ring",
-        "there is an orange circle in the top left",
-        "there is a purple triangle inside a yellow diamond",
-        "there are four pink stars on a white background",
+        "a pink triangle over a pink cross",
+        "three blue rings",
+        "there is an orange circle",
+        "a purple triangle in a pink diamond",
+        "there is a grey background with a red square to the left of a cyan diamond",
     ]
     places = [
-        (thing.shape, thing.colour, *(256 * at for at in (thing.x, thing.y, thing.radius)))
+        (thing.shape, thing.colour, *(32 * at for at in (thing.x, thing.y, thing.radius)))
         for thing in Scenes("train").scene(0).objects
     ]
-    assert places == [("triangle", "pink", 137.0, 74.0, 49.0), ("cross", "pink", 146.0, 191.0, 45.0)]
+    assert places == [("triangle", "pink", 21.0, 8.0, 6.0), ("cross", "pink", 22.0, 25.0, 6.0)]
 
 
 def test_pictures_are_distinct():
     pictures = {
         sample.image.tobytes() for split in USUAL for sample in map(Scenes(split).__getitem__, range(500))
     }
-    assert len(pictures) > 0.998 * 1000
+    assert len(pictures) > 0.99 * 1000
 
 
 def test_no_picture_of_another_split_is_in_train():
     """Half of the lattice is train's, and order makes no difference."""
     for split in SPLITS:
         for scene, _, _ in drawn(split):
-            steps = [256 * at for thing in scene.objects for at in (thing.x, thing.y)]
+            places = {(32 * thing.x, 32 * thing.y) for thing in scene.objects}
+            steps = [step for place in places for step in place]
             assert all(step == int(step) for step in steps)
             assert (sum(steps) % 2 == 0) == (split == "train")
             swapped = replace(scene, objects=scene.objects[::-1])
