@@ -4,18 +4,12 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
-DEMO   := runs/demo
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(READY)  ## train both stages on the built-in scenes and draw; the same command goes on after a stop
-	$(BIN)/dalle train-dvae --run $(DEMO) --preset tiny
-	$(BIN)/dalle train-prior --run $(DEMO)
-	@echo "Drawing; the last path is the sheet with all pictures:"
-	$(BIN)/dalle sample --run $(DEMO) -n 4 \
-	  "a red circle" "a small blue star on a white background" \
-	  "a red circle left of a blue square" "three yellow squares"
+demo: $(READY)  ## 12 minutes: train both stages on the built-in scenes, draw, judge, write runs/demo/report.html
+	$(BIN)/dalle demo --minutes 12 --run runs/demo
 
 test: $(READY)  ## every test that this machine can run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

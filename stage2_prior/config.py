@@ -102,7 +102,7 @@ class PriorTraining(Training):
 PRESETS: dict[str, tuple[PriorConfig, PriorTraining]] = {
     # Minutes on two CPU cores. Departures from the paper are explained in docs/paper.md.
     "tiny": (
-        PriorConfig(text_length=40, depth=4, width=128, heads=4),
+        PriorConfig(text_length=34, depth=4, width=128, heads=4),
         PriorTraining(
             batch_size=16,
             steps=4_000,
@@ -114,6 +114,7 @@ PRESETS: dict[str, tuple[PriorConfig, PriorTraining]] = {
             ema_every=1,
             bpe_vocab=2048,
             bpe_captions=20_000,
+            bpe_dropout=0.0,
             image_start="codebook",
         ),
     ),
