@@ -130,7 +130,10 @@ def test_a_tar_without_a_caption(dalle, tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--set", "image_size=18"], "image_size=18 must be a multiple of 4 (= patch·2^(groups−1)): use 16 or 20"),
+        (
+            ["--set", "image_size=18"],
+            "image_size=18 must be a multiple of 4 (= patch·2^(groups−1)): use 16 or 20",
+        ),
         (["--preset", "tinny"], "unknown preset 'tinny'; did you mean 'tiny'?"),
         (["--set", "batchsize=3"], "unknown setting 'batchsize'; did you mean 'batch_size'?"),
         (["--set", "batch_size=3.5"], "batch_size=3.5 must be a whole number"),

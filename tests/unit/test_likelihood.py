@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from stage1_dvae.likelihood import EPSILON, log_density, map_pixels, reconstruction, unmap_pixels
+from stage1_dvae.likelihood import (
+    EPSILON,
+    gaussian_log_density,
+    log_density,
+    log_likelihood,
+    map_pixels,
+    reconstruction,
+    unmap_pixels,
+)
 
 PARAMETERS = pytest.mark.parametrize(
     ("mu", "b"), [(0.0, 0.5), (1.5, 0.1), (-2.0, 0.7), (0.3, 1.0), (-1.0, 2.0)]
@@ -73,3 +81,19 @@ def test_the_reconstruction_is_the_median_and_ignores_the_scale():
     parameters[:, 3:] += 1
     assert torch.equal(reconstruction(parameters), shown)
     assert reconstruction(parameters.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("std", [0.035, 0.3])
+def test_gaussian_pixels_have_the_normal_density_around_the_median(std):
+    x, mu = torch.rand(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    expected = torch.distributions.Normal(mu.sigmoid(), std).log_prob(x)
+    torch.testing.assert_close(gaussian_log_density(x, mu, std), expected)
+
+
+def test_the_likelihood_is_the_papers_unless_a_width_is_given():
+    pixels, parameters = torch.rand(2, 3, 4, 5), torch.randn(2, 6, 4, 5)
+    mu, ln_b = parameters.chunk(2, 1)
+    assert torch.equal(log_likelihood(pixels, parameters, None), log_density(map_pixels(pixels), mu, ln_b))
+    assert torch.equal(
+        log_likelihood(pixels, parameters, 0.1), gaussian_log_density(map_pixels(pixels), mu, 0.1)
+    )

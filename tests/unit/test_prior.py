@@ -239,3 +239,18 @@ def test_the_weights_at_the_start_have_the_sparse_transformers_spread():
     assert model.image_tokens.weight.std().item() == pytest.approx(inner, rel=0.1)
     for table in (model.rows, model.columns):  # their sum spreads as one table does
         assert table.weight.std().item() == pytest.approx(inner / math.sqrt(2), rel=0.05)
+
+
+@pytest.mark.parametrize("channels", [5, 40])
+def test_codes_that_decode_alike_begin_alike(channels):
+    """Embeddings and head keep the angles between the dVAE's vectors, up to the width."""
+    model, generator = tiny.prior(width=12), torch.Generator().manual_seed(0)
+    vectors = torch.randn(13, channels, generator=generator) * torch.arange(channels, 0, -1) ** 3
+    model.start_from(vectors, seed=0)
+    centred = vectors - vectors.mean(0)
+    for table in (model.image_tokens.weight, model.image_head.weight):
+        expected = torch.cdist(centred, centred)
+        found = torch.cdist(table, table)
+        torch.testing.assert_close(found / found.mean(), expected / expected.mean(), rtol=0, atol=0.05)
+    assert model.image_tokens.weight.std().item() == pytest.approx(math.sqrt(0.125 / 12), rel=0.05)
+    assert model.image_head.weight.std().item() == pytest.approx(0.1 / math.sqrt(12), rel=0.05)
