@@ -70,13 +70,14 @@ def machine() -> str:
 
 
 def _stage(folder: Path) -> dict[str, Any]:
+    """How a stage was trained, as far as its folder knows: an imported or exported one has no metrics."""
+    training = read_json(folder / "config.json").get("training", {})
     lines = read_metrics(folder)
-    trained = [line for line in lines if "seconds" in line]
     last = {k: v for line in lines for k, v in line.items() if k.startswith("heldout_")}
     return {
-        "steps": lines[-1]["step"] if lines else 0,
-        "seconds": round(sum(line["seconds"] for line in trained), 1),
-        "batch_size": read_json(folder / "config.json").get("training", {}).get("batch_size"),
+        "steps": lines[-1]["step"] if lines else training.get("steps"),
+        "seconds": round(sum(line.get("seconds", 0) for line in lines), 1),
+        "batch_size": training.get("batch_size"),
         **last,
     }
 
@@ -110,10 +111,10 @@ def page(figures: Mapping[str, Any], run: Path, scores: Mapping[str, Score]) -> 
 
 
 def _timing(stage: Mapping[str, Any]) -> str:
-    if not stage["steps"]:
+    if stage["steps"] is None:
         return "How it was trained is not known here."
-    minutes = stage["seconds"] / 60
-    return f"{stage['steps']:,} updates of {stage['batch_size']} pictures in {minutes:.1f} minutes."
+    minutes = f" in {stage['seconds'] / 60:.1f} minutes" if stage["seconds"] else ""
+    return f"{stage['steps']:,} updates of {stage['batch_size']} pictures{minutes}."
 
 
 def _table(scores: Mapping[str, Score]) -> str:
