@@ -49,6 +49,14 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as --set lr=1e-3. Repeatable."),
 ]
+Temperature = Annotated[
+    float, typer.Option(help="Below 1: likelier and less varied codes; 0: always the likeliest.")
+]
+TopK = Annotated[int | None, typer.Option(help="Draw only from the K likeliest codes.", show_default=False)]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Draw only from the likeliest codes that reach probability P.", show_default=False),
+]
 ShowConfig = Annotated[
     bool, typer.Option("--show-config", help="Print every setting with the paper's value, and stop.")
 ]
@@ -72,6 +80,9 @@ def evaluate(
     run: Run = DEFAULT_RUN,
     prompts: Annotated[int, typer.Option(min=1, help="Of every kind.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Decides the noise.")] = 0,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -83,11 +94,16 @@ def evaluate(
     """Draw unseen prompts of the built-in scenes and judge them; writes report.html and report.json."""
     from dalle.builtin import FOLDER, find_run
     from dalle.report import judge_and_report
+    from stage2_prior.sample import Sampling
 
+    sampling = Sampling(temperature, top_k, top_p)
     command = f"dalle evaluate --run {run} --prompts {prompts} --seed {seed}"
+    for option, value in (("top-k", top_k), ("top-p", top_p)):
+        command += f" --{option} {value}" if value is not None else ""
+    command += f" --temperature {temperature}" if temperature != 1 else ""
     found = find_run(run)
     folder = out or (Path("evaluation") if found == FOLDER else run)
-    figures = judge_and_report(found, prompts, command, folder, seed=seed)
+    figures = judge_and_report(found, prompts, command, folder, seed=seed, sampling=sampling)
     if json:
         import json as encoder
 
@@ -178,16 +194,9 @@ def sample(
     seed: Annotated[
         int, typer.Option(min=0, help="Decides the noise: the same seed draws the same pictures.")
     ] = 0,
-    temperature: Annotated[
-        float, typer.Option(help="Below 1: likelier and less varied codes; 0: always the likeliest.")
-    ] = 1.0,
-    top_k: Annotated[
-        int | None, typer.Option(help="Draw only from the K likeliest codes.", show_default=False)
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Draw only from the likeliest codes that reach probability P.", show_default=False),
-    ] = None,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
     out: Annotated[
         Path | None,
         typer.Option(

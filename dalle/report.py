@@ -89,8 +89,8 @@ def page(figures: Mapping[str, Any], run: Path, scores: Mapping[str, Score]) -> 
         f"<h1>{html.escape(figures['command'])}</h1>",
         f"<p class=quiet>{html.escape(figures['machine'])} · dalle {figures['version']}</p>",
         "<h2>Drawn right</h2>",
-        "<p>One drawing a prompt, at default settings. Training saw none of these pictures; a drawing is "
-        "right when a program that reads pictures finds all that the prompt says, and nothing more.</p>",
+        f"<p>One drawing a prompt, {_settings(figures['sampling'])}. Training saw none of these pictures; "
+        "a drawing is right when a program that reads pictures finds all that the prompt says, and nothing more.</p>",
         _table(scores),
         "<h2>Drawings</h2>",
         *(_gallery(name, score.drawings[:SHOWN]) for name, score in scores.items()),
@@ -108,6 +108,11 @@ def page(figures: Mapping[str, Any], run: Path, scores: Mapping[str, Score]) -> 
     ]
     head = f"<!doctype html><meta charset=utf-8><title>dalle report</title><style>{_STYLE}</style>"
     return f"{head}<main>{''.join(parts)}</main>\n"
+
+
+def _settings(sampling: Mapping[str, Any]) -> str:
+    cuts = [f"top-{name[-1]} {sampling[name]}" for name in ("top_k", "top_p") if sampling[name] is not None]
+    return f"at temperature {sampling['temperature']:g}{''.join(f', {cut}' for cut in cuts)}"
 
 
 def _timing(stage: Mapping[str, Any]) -> str:
