@@ -90,7 +90,8 @@ def page(figures: Mapping[str, Any], run: Path, scores: Mapping[str, Score]) -> 
         f"<p class=quiet>{html.escape(figures['machine'])} · dalle {figures['version']}</p>",
         "<h2>Drawn right</h2>",
         f"<p>One drawing a prompt, {_settings(figures['sampling'])}. Training saw none of these pictures; "
-        "a drawing is right when a program that reads pictures finds all that the prompt says, and nothing more.</p>",
+        "a drawing is right when a program that reads pictures finds all that the prompt says, and nothing "
+        "more.</p>",
         _table(scores),
         "<h2>Drawings</h2>",
         *(_gallery(name, score.drawings[:SHOWN]) for name, score in scores.items()),

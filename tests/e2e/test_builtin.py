@@ -13,8 +13,8 @@ from dalle.pipeline import TextToImage
 def test_it_draws_by_its_name_and_leaves_the_package_alone(dalle, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in FOLDER.rglob("*")}
     done = dalle("sample", "a red circle", "--run", "scenes", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (path,) = (tmp_path / line for line in done.stdout.split())
+    assert done.code == 0, done.err
+    (path,) = (tmp_path / line for line in done.out.split())
     assert path.parent == tmp_path / "samples"
     assert Image.open(path).size == (64, 64)
     assert json.loads(path.with_suffix(".json").read_text())["run"] == "scenes"
@@ -23,13 +23,13 @@ def test_it_draws_by_its_name_and_leaves_the_package_alone(dalle, tmp_path):
 
 def test_it_is_what_draws_where_nothing_was_trained_yet_and_says_so(dalle, tmp_path):
     done = dalle("sample", "a red circle", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("drawing with the built-in model") == 1
-    assert "dalle train-dvae" in done.stderr
+    assert done.code == 0, done.err
+    assert done.err.count("drawing with the built-in model") == 1
+    assert "dalle train-dvae" in done.err
     (tmp_path / "runs" / "default").mkdir(parents=True)
     done = dalle("sample", "a red circle", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "runs/default holds no trained dvae" in done.stderr
+    assert done.code == 2
+    assert "runs/default holds no trained dvae" in done.err
 
 
 def test_it_is_small_enough_to_travel():
@@ -47,6 +47,6 @@ def test_it_draws_nearly_as_well_as_its_report_says():
 
 
 def test_info_tells_how_it_was_trained(dalle, tmp_path):
-    facts = json.loads(dalle("info", "scenes", "--json", cwd=tmp_path).stdout)
+    facts = json.loads(dalle("info", "scenes", "--json", cwd=tmp_path).out)
     assert facts["prior"]["trained_on_dvae"] == facts["dvae"]["fingerprint"]
     assert Path(facts["run"]) == FOLDER
