@@ -165,7 +165,10 @@ def _image(picture: Image.Image, kind: str = "") -> str:
 
 def _newest_picture(folder: Path) -> str:
     paths = sorted(folder.glob("step-*.png"))
-    return _image(Image.open(paths[-1]), "wide") if paths else ""
+    if not paths:
+        return ""
+    with Image.open(paths[-1]) as picture:
+        return _image(picture, "wide")
 
 
 def _chart(title: str, folder: Path, names: Sequence[str]) -> str:

@@ -16,7 +16,8 @@ def test_it_draws_by_its_name_and_leaves_the_package_alone(dalle, tmp_path):
     assert done.code == 0, done.err
     (path,) = (tmp_path / line for line in done.out.split())
     assert path.parent == tmp_path / "samples"
-    assert Image.open(path).size == (64, 64)
+    with Image.open(path) as picture:
+        assert picture.size == (64, 64)
     assert json.loads(path.with_suffix(".json").read_text())["run"] == "scenes"
     assert {path: path.stat().st_mtime_ns for path in FOLDER.rglob("*")} == before
 

@@ -14,7 +14,7 @@ from dalle.checkpoint import load_state, state_folders
 from dalle.metrics import read_metrics
 from tests.e2e.settings import dvae, options, prior
 
-STEPS = 30
+STEPS = 60
 LAST = f"step-{STEPS:08d}"
 OFTEN = options(save_every=2, eval_every=10, log_every=1)
 # Measured by a clock, or over a window of recent updates that begins anew with the process.

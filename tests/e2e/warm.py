@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ class Command:
         self.server, self.folder, self.pid = server, folder, int(server.read())
 
     def signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        with suppress(ProcessLookupError):  # it may have come to its end by itself
+            os.kill(self.pid, number)
 
     @property
     def err(self) -> str:
