@@ -29,6 +29,7 @@ def export(run: Path, out: Path) -> int:
     Raises:
         CheckpointError: a stage is missing or damaged, or `out` holds something already.
     """
+    run = find_run(run)
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty: name a new folder")
     for stage in ("dvae", "prior"):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from dalle.builtin import FOLDER
@@ -51,3 +52,21 @@ def test_info_tells_how_it_was_trained(dalle, tmp_path):
     facts = json.loads(dalle("info", "scenes", "--json", cwd=tmp_path).out)
     assert facts["prior"]["trained_on_dvae"] == facts["dvae"]["fingerprint"]
     assert Path(facts["run"]) == FOLDER
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("export", "nowhere", "out"), "nowhere/dvae/config.json does not exist"),
+        (("export", "scenes", "."), ". is not empty: name a new folder"),
+        (("evaluate", "--run", "nowhere"), "nowhere holds no trained dvae: `dalle train-dvae --run nowhere`"),
+        (("demo", "--minutes", "0.2"), "minutes=0.2 is too short to see anything learned; give at least 1"),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line(dalle, tmp_path, arguments, message):
+    (tmp_path / "mine").write_text("")
+    done = dalle(*arguments, cwd=tmp_path)
+    assert done.code == 2
+    assert done.err.startswith(f"error: {message}")
+    assert done.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
