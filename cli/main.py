@@ -224,14 +224,7 @@ def sample(
     model = TextToImage.load(run)
     total = len(wanted) * n * model.prior.config.cells
     with Bar("drawing", total, unit="tokens") as bar:
-        done = 0
-
-        def count(tokens: int) -> None:
-            nonlocal done
-            done += tokens
-            bar.show(done)
-
-        pictures = model(wanted, n, seed=seed, sampling=sampling, on_token=count)
+        pictures = model(wanted, n, seed=seed, sampling=sampling, on_token=bar.advance)
     captions = [prompt for prompt in wanted for _ in range(n)]
     builtin = run == FOLDER
     made = {

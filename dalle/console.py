@@ -79,6 +79,7 @@ class Bar:
     ) -> None:
         self.label, self.total, self.start, self.unit, self.every = label, total, start, unit, every
         self.clock = clock or Stopwatch()
+        self.done = start
         self.last_line = 0.0
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -105,8 +106,14 @@ class Bar:
         """Seconds that the rest will take at this rate."""
         return (self.total - done) / max(1e-9, self.rate(done))
 
+    def advance(self, more: int) -> None:
+        """Show that `more` of them are done than before."""
+        self.done += more
+        self.show(self.done)
+
     def show(self, done: int, values: Mapping[str, str] | None = None) -> None:
         """Show that `done` of them are done, with a few values beside the bar."""
+        self.done = done
         words = [f"{self.rate(done):.3g} {self.unit}/s", f"{duration(self.left(done))} left"]
         words += [f"{name} {value}" for name, value in (values or {}).items()]
         self.progress.update(self.task, completed=done, words=" · ".join(words))

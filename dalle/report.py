@@ -37,14 +37,7 @@ def judge_and_report(
     """
     model = TextToImage.load(run)
     with Bar("drawing and judging", prompts * len(SPLITS), unit="pictures") as bar:
-        done = 0
-
-        def count(drawn: int) -> None:
-            nonlocal done
-            done += drawn
-            bar.show(done)
-
-        scores = evaluate(model, prompts, seed=seed, sampling=sampling, on_drawn=count)
+        scores = evaluate(model, prompts, seed=seed, sampling=sampling, on_drawn=bar.advance)
     figures = {
         "version": __version__,
         "command": command,
