@@ -1,5 +1,6 @@
 """Puts a scene together: which objects, where and how large. All are readable by construction."""
 
+import math
 from itertools import product
 from random import Random
 
@@ -16,8 +17,8 @@ from dalle.scenes.splits import (
 
 Disc = tuple[float, float, float]  # x, y, radius
 
-MARGIN = 0.03  # between an object's box and the border
-GAP = 0.05  # between the boxes of two objects
+GAP = 0.05  # between the boxes of two objects, at least
+SLANT = 1  # steps of the lattice by which objects side by side may lie higher or lower than each other
 SMALL, LARGE = 6 / 32, 10 / 32  # radii of an object alone; captions tell these two apart
 BESIDE = COUNTED = SMALL
 INNER, OUTER = 5 / 32, 12 / 32
@@ -53,15 +54,18 @@ def _single(rng: Random, pairs: tuple[Pair, ...]) -> Scene:
 
 
 def _object(shape: Shape, colour: Colour, disc: Disc) -> Object:
-    x, y, radius = (round(value * LATTICE) / LATTICE for value in disc)
-    return Object(shape, colour, x, y, radius)
+    return Object(shape, colour, *disc)
+
+
+def _within(rng: Random, low: float, high: float) -> float:
+    """A coordinate between the two, on the lattice."""
+    return rng.randint(math.ceil(low * LATTICE), math.floor(high * LATTICE)) / LATTICE
 
 
 def _nameable(rng: Random, radius: float) -> float:
     """A coordinate plainly at the low side, in the middle or at the high side of the picture."""
-    nearest = MARGIN + radius
-    low = rng.uniform(nearest, min(nearest + 0.1, 0.38))
-    return rng.choice((low, rng.uniform(0.46, 0.54), 1 - low))
+    low = _within(rng, radius, 0.38)
+    return rng.choice((low, 0.5, 1 - low))
 
 
 def _pair(rng: Random, held_out: bool) -> Scene:
@@ -78,20 +82,21 @@ def _pair(rng: Random, held_out: bool) -> Scene:
 
 
 def _inside(rng: Random) -> tuple[Disc, Disc]:
-    free = 0.5 - MARGIN - OUTER
-    x, y = 0.5 + rng.uniform(-free, free), 0.5 + rng.uniform(-free, free)
+    x, y = _within(rng, OUTER, 1 - OUTER), _within(rng, OUTER, 1 - OUTER)
     return (x, y, INNER), (x, y, OUTER)
 
 
 def _beside(rng: Random, relation: Relation) -> tuple[Disc, Disc]:
     """Two objects as for "left of", then mirrored and turned into what was asked for."""
-    slack = 1 - 2 * (MARGIN + 2 * BESIDE) - GAP
-    a = MARGIN + BESIDE + slack * rng.uniform(0, 0.5)
-    b = 1 - MARGIN - BESIDE - slack * rng.uniform(0, 0.5)
-    level = rng.uniform(0.29, 0.71)  # with the next line, no nearer to the border than MARGIN
-    c, d = level + rng.uniform(-0.06, 0.06), level + rng.uniform(-0.06, 0.06)
+    apart = 2 * BESIDE + GAP
+    while True:
+        a, b = _within(rng, BESIDE, 0.5), _within(rng, 0.5, 1 - BESIDE)
+        if b - a >= apart:
+            break
+    c = _within(rng, BESIDE, 1 - BESIDE)
+    d = min(max(c + rng.randint(-SLANT, SLANT) / LATTICE, BESIDE), 1 - BESIDE)
     if relation in ("right of", "below"):
-        a, b = 1 - a, 1 - b
+        a, b = b, a
     if relation in ("above", "below"):
         return (c, a, BESIDE), (d, b, BESIDE)
     return (a, c, BESIDE), (b, d, BESIDE)
@@ -100,11 +105,11 @@ def _beside(rng: Random, relation: Relation) -> tuple[Disc, Disc]:
 def _count(rng: Random) -> Scene:
     """Equal objects, each in a quarter of the picture of its own."""
     colour, shape = rng.choice(TRAINED_PAIRS)
-    nearest, furthest = MARGIN + COUNTED, 0.5 - GAP / 2 - COUNTED
+    furthest = 0.5 - GAP / 2 - COUNTED
     quarters = rng.sample(tuple(product((False, True), repeat=2)), rng.choice((2, 3, 4)))
     objects = []
     for right, bottom in quarters:
         # In the far half the same span, mirrored, keeps the same distances to border and neighbour.
-        x, y = rng.uniform(nearest, furthest), rng.uniform(nearest, furthest)
+        x, y = _within(rng, COUNTED, furthest), _within(rng, COUNTED, furthest)
         objects.append(_object(shape, colour, (1 - x if right else x, 1 - y if bottom else y, COUNTED)))
     return Scene(rng.choice(_BACKGROUNDS), tuple(objects))

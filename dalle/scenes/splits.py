@@ -14,7 +14,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 Pair = tuple[Colour, Shape]
 
-LATTICE = 32  # places per side where an object can be: few enough to be learned in minutes
+LATTICE = 16  # places per side where an object can be: few enough to be learned in minutes
 
 # One for each colour and each shape, so that all of them stay equally common in train.
 HELD_OUT_PAIRS: tuple[Pair, ...] = (
