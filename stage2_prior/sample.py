@@ -1,6 +1,6 @@
 """Drawing: one code after another, each given the text and the codes before."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle.errors import ConfigError
-from stage2_prior.model import Prior
+from stage2_prior.decode import Decoder, Text
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ def choose(logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"], how: Samp
     """Draw a code from each row: the one in whose share of [0, 1) the row's uniform number falls."""
     if how.temperature == 0:
         return logits.argmax(-1)
-    logits = logits / how.temperature
+    if how.temperature != 1:
+        logits = logits / how.temperature
     if how.top_k is not None and how.top_k < logits.shape[-1]:
         least = logits.topk(how.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -51,34 +52,69 @@ def choose(logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"], how: Samp
         ordered, order = p.sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # the most probable code always stays
         p = p.scatter(-1, order, ordered.masked_fill(before >= how.top_p, 0.0))
-    edges = p.double().cumsum(-1)
-    drawn = torch.searchsorted(edges, (uniform.double() * edges[:, -1])[:, None], right=True)[:, 0]
+    edges = p.contiguous().cumsum(-1, dtype=torch.float64)
+    end = edges[:, -1:].contiguous()
+    drawn = torch.searchsorted(edges, uniform[:, None] * end, right=True)
     # A uniform number rounded up to the last edge would fall beyond it, or onto codes of probability 0.
-    last = logits.shape[-1] - 1 - (p > 0).flip(-1).int().argmax(-1)
-    return torch.minimum(drawn, last)
+    return torch.minimum(drawn, torch.searchsorted(edges, end))[:, 0]
 
 
 @torch.inference_mode()
 def draw(
-    model: Prior,
-    tokens: Int[Tensor, "p words"],
-    uniform: Float[Tensor, "b cells"],
-    how: Sampling,
+    decoder: Decoder, text: Text, uniform: Float[Tensor, "b cells"], how: Sampling
 ) -> Iterator[Int[Tensor, " b"]]:
     """Draw b = p·n pictures, n of each prompt in turn; yields the codes cell by cell, in raster order.
 
+    On a GPU nothing waits for the host but the end of a row.
+
     Args:
-        tokens: one row a prompt, −1 where there is no token.
+        text: p prompts, as `decoder.read` gives them.
         uniform: the noise, one row a picture (see `noise`).
 
     Raises:
         ConfigError: the logits are not finite: the model's weights are broken.
     """
-    caches = model.prefill(tokens, pictures=len(uniform) // len(tokens))
-    codes = None
-    for slot in range(model.config.cells):
-        logits = model.step(codes, caches, slot)
-        if not logits.isfinite().all():
-            raise ConfigError(f"the prior's logits are not finite at cell {slot}: its weights are broken")
-        codes = choose(logits, uniform[:, slot].to(logits.device), how)
-        yield codes
+    cells, grid, device = decoder.config.cells, decoder.config.grid, decoder.device
+    state = decoder.state(text, len(uniform) // text[0].shape[1])
+    uniform = uniform.to(device)
+    codes = torch.full((len(uniform),), decoder.start, device=device)
+    slot = torch.zeros(1, dtype=torch.long, device=device)
+    finite = torch.ones(cells, dtype=torch.bool, device=device)
+
+    def one_cell() -> None:
+        logits = decoder.step(codes, state, slot)
+        finite.index_copy_(0, slot, logits.isfinite().all()[None])
+        codes.copy_(choose(logits, uniform.index_select(1, slot)[:, 0], how))
+        slot.add_(1)
+
+    def start_over() -> None:
+        codes.fill_(decoder.start)
+        slot.zero_()
+
+    checked = 1 if device.type == "cpu" else grid  # cells between two looks at `finite`
+    go = one_cell if device.type == "cpu" else _recorded(one_cell, start_over)
+    for cell in range(cells):
+        go()
+        if (cell + 1) % checked == 0 and not finite[cell + 1 - checked : cell + 1].all():
+            broken = int(finite.int().argmin())
+            raise ConfigError(f"the prior's logits are not finite at cell {broken}: its weights are broken")
+        yield codes.clone()
+
+
+def _recorded(step: Callable[[], None], start_over: Callable[[], None]) -> Callable[[], None]:
+    """`step` as a CUDA graph: its hundreds of small kernels are launched at once.
+
+    It runs a few times first, as recording demands, and `start_over` undoes that.
+    """
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(3):
+            start_over()
+            step()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    start_over()
+    return graph.replay
