@@ -59,12 +59,13 @@ class Cache:
     """Keys and values of one layer for p prompts × n pictures.
 
     All pictures of a prompt attend in one product to its text and to the windows of all of them; a mask
-    leaves each its own window. `read` is that product's operand; a layer that never sees its whole ring at
-    once keeps the ring beside it.
+    leaves each its own window. `read` is that product's operand. The ring is a part of it where a slot
+    sees all of the ring, otherwise it lies beside it.
     """
 
     read: Float[Tensor, "two p h slots d"]
-    ring: Float[Tensor, "two p h n ring d"]
+    windows: Float[Tensor, "seen two p n h d"]  # the end of `read`
+    ring: Float[Tensor, "ring two p n h d"]
 
     @property
     def bytes(self) -> int:
@@ -156,14 +157,14 @@ class Decoder:
         caches = []
         for layer, kv in zip(self.layers, text, strict=True):
             window = self.windows[layer.attention.kind]
+            seen = window.bias.shape[1]
             _, p, h, t, d = kv.shape
-            read = kv.new_zeros(2, p, h, t + pictures * window.bias.shape[1], d)
+            read = kv.new_zeros(2, p, h, t + pictures * seen, d)
             read[:, :, :, :t] = kv
-            if window.places is None:
-                ring = read[:, :, :, t:].unflatten(3, (pictures, window.ring))
-            else:
-                ring = kv.new_zeros(2, p, h, pictures, window.ring, d)
-            caches.append(Cache(read, ring))
+            windows = rearrange(read[:, :, :, t:], "two p h (n seen) d -> seen two p n h d", n=pictures)
+            apart = window.places is not None
+            ring = kv.new_zeros(window.ring, 2, p, pictures, h, d) if apart else windows
+            caches.append(Cache(read, windows, ring))
         masks = {}
         for kind, window in self.windows.items():
             seen = window.bias.shape[1]
@@ -209,12 +210,11 @@ class Decoder:
     def _attend(
         self, qkv: Tensor, cache: Cache, mask: Tensor, place: Tensor, places: Tensor | None
     ) -> Float[Tensor, "b w"]:
-        p, h, n = cache.ring.shape[1:4]
-        q, k, v = qkv.view(p, n, 3, h, -1).permute(2, 0, 3, 1, 4)
-        cache.ring[0].index_copy_(3, place, k[:, :, :, None])
-        cache.ring[1].index_copy_(3, place, v[:, :, :, None])
+        _, _, p, n, h, d = cache.ring.shape
+        qkv = qkv.view(p, n, 3, h, d).permute(2, 0, 1, 3, 4)
+        cache.ring.index_copy_(0, place, qkv[None, 1:])
         if places is not None:
-            window = cache.ring.index_select(4, places).flatten(3, 4)
-            cache.read[:, :, :, self.config.text_length :] = window
-        y = F.scaled_dot_product_attention(q, cache.read[0], cache.read[1], attn_mask=mask)
-        return y.transpose(1, 2).reshape(len(qkv), -1)
+            cache.windows.copy_(cache.ring.index_select(0, places))
+        q, k, v = qkv[0].transpose(1, 2), *cache.read
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return y.transpose(1, 2).reshape(p * n, h * d)
