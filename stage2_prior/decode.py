@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from stage2_prior.linear import Fast, Weights, fastest, resolve
@@ -142,11 +142,11 @@ class Decoder:
             x = self.model.embed_text(tokens)
             for layer in self.layers:
                 qkv = layer.attention.qkv(layer.attention_norm(x)).to(self.dtype)
-                q, *kv = rearrange(qkv, "p t (three h d) -> three p h t d", three=3, h=self.config.heads)
-                text.append(torch.stack(kv))
+                qkv = rearrange(qkv, "p t (three h d) -> three p h t d", three=3, h=self.config.heads)
+                text.append(qkv[1:].clone())  # without the queries' memory
                 if len(text) == len(self.layers):
                     break  # the last layer's outputs are for the text head alone
-                y = F.scaled_dot_product_attention(q, *kv, is_causal=True)
+                y = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True)
                 x = x + layer.attention.out(rearrange(y, "p h t d -> p t (h d)"))
                 x = x + layer.mlp(layer.mlp_norm(x))
         return text
@@ -174,9 +174,7 @@ class Decoder:
         return State(caches, masks)
 
     @torch.inference_mode()
-    def step(
-        self, codes: Int[Tensor, " b"], state: State, slot: Int[Tensor, " 1"]
-    ) -> Float[Tensor, "b v"]:
+    def step(self, codes: Int[Tensor, " b"], state: State, slot: Int[Tensor, " 1"]) -> Float[Tensor, "b v"]:
         """Logits of one image slot of all pictures, given the codes of the cell before it.
 
         Args:

@@ -1,8 +1,8 @@
 """Linear layers as drawing uses them: weights laid out once so that a few rows pass through them fast.
 
 For a few rows a product takes as long as reading its weights. Which layout is read fastest depends on the
-machine, the shape and the rows, so it is tried; the candidates of one kind of weights are the same numbers and
-differ in the order of their sums alone.
+machine, the shape and the rows, so it is tried; the candidates of one kind of weights are the same numbers
+and differ in the order of their sums alone.
 """
 
 import time

@@ -32,6 +32,7 @@ from dalle.text import fit as fit_text
 from dalle.training import fit
 from stage2_prior.codes import Codes
 from stage2_prior.config import PRESETS, PriorTraining
+from stage2_prior.decode import Decoder
 from stage2_prior.loss import losses
 from stage2_prior.model import Prior
 from stage2_prior.sample import Sampling, draw, noise
@@ -264,7 +265,11 @@ class Stage2:
         """One drawing of each fixed prompt, always with the same noise."""
         cells = self.run.model.cells
         uniform = noise(self.config.seed, range(len(self.prompts)), cells)
-        drawn = torch.stack(list(draw(self.model, self.prompt_tokens, uniform, Sampling())), 1)
+        decoder = Decoder(
+            self.model, len(self.prompts), precision=choose(self.config.precision, best_device())
+        )
+        text = decoder.read(self.prompt_tokens)
+        drawn = torch.stack(list(draw(decoder, text, uniform, Sampling())), 1)
         pixels = self.codes.decode(drawn.reshape(-1, self.codes.grid, self.codes.grid))
         return contact_sheet(to_images(pixels), self.prompts)
 

@@ -30,6 +30,13 @@ def bytes_of(pictures) -> list[bytes]:
     return [picture.tobytes() for picture in pictures]
 
 
+def codes_of(model: TextToImage, n: int, seed: int = 0) -> torch.Tensor:
+    """The codes of n pictures of the first prompt."""
+    decoder = model._decoder(n)
+    text = decoder.read(model._tokens(PROMPTS[:1]))
+    return model._codes(decoder, text, [seed], range(n), Sampling())
+
+
 def test_a_loaded_run_draws_pictures_of_its_size(model):
     (picture,) = model("a red circle")
     assert picture.size == (16, 16)
@@ -56,8 +63,7 @@ def test_prompts_can_have_seeds_of_their_own(model):
 
 
 def test_the_codes_are_the_same_too(model):
-    tokens = model._tokens(PROMPTS[:1])
-    four, sixteen = (model._codes(tokens, [3], range(n), Sampling(), None) for n in (4, 16))
+    four, sixteen = (codes_of(model, n, seed=3) for n in (4, 16))
     assert torch.equal(four, sixteen[:4])
 
 
@@ -202,7 +208,7 @@ def test_half_precision_draws_too(run):
 
 
 def test_the_pictures_are_the_decoded_codes(model):
-    codes = model._codes(model._tokens(PROMPTS[:1]), [0], range(2), Sampling(), None)
+    codes = codes_of(model, 2)
     decoded = (model.dvae.decode(codes) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     for picture, expected in zip(model(PROMPTS[0], n=2), decoded, strict=True):
         assert np.array_equal(np.asarray(picture), expected)
