@@ -82,7 +82,7 @@ def _forms(weights: Weights, device: torch.device) -> list[Callable[[Tensor, Ten
         case "bf16":
             return [_by_rows_bf16, _blocked_bf16] if cpu else [_by_rows_bf16]
         case _:
-            return [_by_rows, _by_columns, _blocked] if cpu else [_by_rows]
+            return [_by_rows, _by_columns, _in_parts, _blocked] if cpu else [_by_rows]
 
 
 def _has_fbgemm() -> bool:
@@ -101,6 +101,16 @@ def _by_columns(weight: Tensor, bias: Tensor, rows: int) -> Fast:
     """Inputs × outputs: a row of the table is added to all outputs for each input."""
     table = weight.t().contiguous()
     return lambda x: torch.addmm(bias, x, table)
+
+
+def _in_parts(weight: Tensor, bias: Tensor, rows: int) -> Fast:
+    """A table of some outputs for every thread: BLAS itself leaves the product of one row to one thread."""
+    parts = torch.get_num_threads()
+    tables = weight.unflatten(0, (parts, -1)).transpose(1, 2).contiguous()
+    biases = bias.view(parts, 1, -1)
+    return lambda x: (
+        torch.baddbmm(biases, x.expand(parts, -1, -1), tables).transpose(0, 1).reshape(len(x), -1)
+    )
 
 
 def _blocked(weight: Tensor, bias: Tensor, rows: int) -> Fast:
