@@ -2,10 +2,10 @@
 
     python -m benchmarks.decoding --json decoding.json
 
-draws pictures of 1,024 tokens after 256 of text at depth 8 and width 512 with each form of the weights, a few
-tokens of each in turn, and between them reads the weights once from memory. Where `transformers` is installed,
-GPT-2 and Llama of the same size draw in the same turns. It is no dependency of the project; an environment
-that has both:
+draws pictures of 1,024 tokens after 256 of text at depth 8 and width 512 with each form of the weights, a
+few tokens of each in turn, and between them reads the weights once from memory. Where `transformers` is
+installed, GPT-2 and Llama of the same size draw in the same turns. It is no dependency of the project; an
+environment that has both:
 
     python -m venv --system-site-packages peers && peers/bin/pip install transformers
     peers/bin/python -m benchmarks.decoding

@@ -1,8 +1,9 @@
 """From prompts to pictures: the tokenizer, the prior, and the dVAE on whose codes it was trained."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from stage2_prior.codes import Codes
 from stage2_prior.decode import Decoder, Text
 from stage2_prior.linear import Weights
 from stage2_prior.model import Prior
-from stage2_prior.sample import Sampling, draw, noise
+from stage2_prior.sample import Sampling, draw, noise, read
 
 AT_ONCE = 16  # pictures drawn side by side, unless asked otherwise
 PREVIEWS = 8  # of a picture, at most
@@ -41,6 +42,7 @@ class TextToImage:
     prior: Prior
     dvae: DVAE
     precision: Precision = "fp32"
+    guidance: float | None = None  # what it draws with; None: it never saw a picture without its caption
     weights: Weights = "auto"
     at_once: int = AT_ONCE
     _decoders: list[Decoder] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -99,14 +101,32 @@ class TextToImage:
                     f"the prior in {run / 'prior'} was trained on the {part} {trained_on}, but {path} is "
                     f"{present}: put that {part} back, or train the prior anew in another --run"
                 )
+        trained: dict[str, Any] = began.get("training", {})
         return cls(
             tokenizer,
             Prior.load(run / "prior", device),
             DVAE.load(run / "dvae", device),
             choose(precision, device),
+            trained.get("guidance", 1.0) if trained.get("caption_dropout") else None,
             weights,
             at_once,
         )
+
+    def resolve(self, sampling: Sampling | None) -> Sampling:
+        """What drawing so means with this model: its own guidance where none is asked for.
+
+        Raises:
+            ConfigError: guidance of a prior that was not trained for it.
+        """
+        sampling = sampling or Sampling()
+        if sampling.guidance is None:
+            return replace(sampling, guidance=1.0 if self.guidance is None else self.guidance)
+        if sampling.guidance != 1 and self.guidance is None:
+            raise ConfigError(
+                f"guidance={sampling.guidance} needs a prior that has seen pictures without their captions: "
+                "train one with --set caption_dropout=0.1"
+            )
+        return sampling
 
     def __call__(
         self,
@@ -124,7 +144,8 @@ class TextToImage:
 
         Args:
             seed: decides the noise; one for all prompts, or one for each.
-            sampling: temperature, top-k and top-p; by default the paper's, temperature 1.
+            sampling: temperature, top-k, top-p and guidance; by default temperature 1, as in the paper, and
+                the model's own guidance.
             on_token: called with the number of image tokens drawn since the last call.
             preview: called every few rows with the pictures under way, grey where nothing is drawn yet, and
                 with the place of the first of them among all.
@@ -144,7 +165,8 @@ class TextToImage:
             raise DataError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one, or one for each")
         tokens = self._tokens(prompts).to(self.prior.start_of_text.device)
         together = min(max(1, self.at_once // n), len(prompts))  # prompts drawn side by side
-        decoder = self._decoder(together * min(n, self.at_once))
+        sampling = self.resolve(sampling)
+        decoder = self._decoder(sampling.texts * together * min(n, self.at_once))
         images: list[Image] = []
 
         def on_codes(drawn: list[Tensor]) -> None:
@@ -154,7 +176,7 @@ class TextToImage:
                 self._preview(drawn, lambda pictures: preview(len(images), pictures))
 
         for at in range(0, len(prompts), together):
-            text = decoder.read(tokens[at : at + together])
+            text = read(decoder, tokens[at : at + together], sampling)
             for first in range(0, n, self.at_once):
                 pictures = range(first, min(first + self.at_once, n))
                 codes = self._codes(decoder, text, seeds[at : at + together], pictures, sampling, on_codes)
@@ -188,14 +210,14 @@ class TextToImage:
         text: Text,
         seeds: Sequence[int],
         pictures: range,
-        sampling: Sampling | None,
+        sampling: Sampling,
         on_codes: Callable[[list[Tensor]], None] | None = None,
     ) -> Int[Tensor, "b grid grid"]:
         """The codes of these pictures of every prompt, prompt by prompt."""
         grid = self.prior.config.grid
         uniform = torch.cat([noise(seed, pictures, grid**2) for seed in seeds])
         drawn: list[Tensor] = []
-        for codes in draw(decoder, text, uniform, sampling or Sampling()):
+        for codes in draw(decoder, text, uniform, sampling):
             drawn.append(codes)
             if on_codes is not None:
                 on_codes(drawn)

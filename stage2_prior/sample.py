@@ -9,16 +9,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle.errors import ConfigError
+from dalle.text import NO_TOKEN
 from stage2_prior.decode import Decoder, Text
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a code is drawn from its distribution. The paper draws with temperature 1 and no cuts (§3.1)."""
+    """How a code is drawn from its distribution. The paper draws with temperature 1 and no cuts (§3.1).
+
+    Guidance g makes the logits u + g·(c − u), c those given the caption and u those given none (Ho and
+    Salimans 2021, arXiv:2207.12598): beyond 1 what the caption asks for counts more. The paper has none.
+    """
 
     temperature: float = 1.0  # 0: always the most probable code
     top_k: int | None = None  # only the k most probable codes
     top_p: float | None = None  # only the most probable codes that together reach probability p
+    guidance: float | None = None  # None: the model's own, or none
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -27,6 +33,13 @@ class Sampling:
             raise ConfigError(f"top_k={self.top_k} must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if self.guidance is not None and not 0 <= self.guidance < float("inf"):
+            raise ConfigError(f"guidance={self.guidance} must be a number of at least 0")
+
+    @property
+    def texts(self) -> int:
+        """How many texts a picture is drawn from: with guidance its caption and the empty one."""
+        return 1 if self.guidance in (None, 1) else 2
 
 
 def noise(seed: int, pictures: range, cells: int) -> Float[Tensor, "n cells"]:
@@ -59,6 +72,11 @@ def choose(logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"], how: Samp
     return torch.minimum(drawn, torch.searchsorted(edges, end))[:, 0]
 
 
+def read(decoder: Decoder, tokens: Int[Tensor, "prompts words"], how: Sampling) -> Text:
+    """Keys and values of p prompts, and of as many empty ones behind them where drawing so needs them."""
+    return decoder.read(torch.cat([tokens, torch.full_like(tokens, NO_TOKEN)][: how.texts]))
+
+
 @torch.inference_mode()
 def draw(
     decoder: Decoder, text: Text, uniform: Float[Tensor, "b cells"], how: Sampling
@@ -68,23 +86,27 @@ def draw(
     On a GPU nothing waits for the host but the end of a row.
 
     Args:
-        text: p prompts, as `decoder.read` gives them.
+        text: p prompts, as `read` gives them.
         uniform: the noise, one row a picture (see `noise`).
 
     Raises:
         ConfigError: the logits are not finite: the model's weights are broken.
     """
     cells, grid, device = decoder.config.cells, decoder.config.grid, decoder.device
-    state = decoder.state(text, len(uniform) // text[0].shape[1])
+    pictures, prompts = len(uniform), text[0].shape[1] // how.texts
+    state = decoder.state(text, pictures // prompts)
     uniform = uniform.to(device)
-    codes = torch.full((len(uniform),), decoder.start, device=device)
+    codes = torch.full((how.texts * pictures,), decoder.start, device=device)
     slot = torch.zeros(1, dtype=torch.long, device=device)
     finite = torch.ones(cells, dtype=torch.bool, device=device)
 
     def one_cell() -> None:
         logits = decoder.step(codes, state, slot)
+        if how.guidance is not None and how.texts == 2:
+            given, without = logits.chunk(2)
+            logits = torch.lerp(without, given, how.guidance)
         finite.index_copy_(0, slot, logits.sum()[None].isfinite())  # one infinity or NaN is enough
-        codes.copy_(choose(logits, uniform.index_select(1, slot)[:, 0], how))
+        codes.copy_(choose(logits, uniform.index_select(1, slot)[:, 0], how).repeat(how.texts))
         slot.add_(1)
 
     def start_over() -> None:
@@ -98,7 +120,7 @@ def draw(
         if (cell + 1) % checked == 0 and not finite[cell + 1 - checked : cell + 1].all():
             broken = int(finite.int().argmin())
             raise ConfigError(f"the prior's logits are not finite at cell {broken}: its weights are broken")
-        yield codes.clone()
+        yield codes[:pictures].clone()
 
 
 def _recorded(step: Callable[[], None], start_over: Callable[[], None]) -> Callable[[], None]:

@@ -22,7 +22,7 @@ from stage2_prior.config import PriorConfig
 from stage2_prior.decode import Decoder
 from stage2_prior.linear import Weights
 from stage2_prior.model import Prior
-from stage2_prior.sample import Sampling, draw
+from stage2_prior.sample import Sampling, draw, read
 
 WORDS = ("red", "blue", "green", "circle", "square", "star", "a", "the", "of", "left")
 CAPTIONS = [f"a {colour} {shape}" for colour in WORDS[:3] for shape in WORDS[3:6]]
@@ -78,8 +78,9 @@ def cached_logits(model: Prior, tokens: Tensor, codes: Tensor, weights: Weights 
 @torch.inference_mode()
 def drawn(model: Prior, tokens: Tensor, uniform: Tensor, how: Sampling | None = None) -> Tensor:
     """The codes of whole pictures, a row each."""
-    decoder = Decoder(model, len(uniform))
-    return torch.stack(list(draw(decoder, decoder.read(tokens), uniform, how or Sampling())), 1)
+    how = how or Sampling()
+    decoder = Decoder(model, len(uniform) * how.texts)
+    return torch.stack(list(draw(decoder, read(decoder, tokens, how), uniform, how)), 1)
 
 
 def tokenizer() -> Tokenizer:

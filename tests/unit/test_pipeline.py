@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dalle.checkpoint import fingerprint
+from dalle.checkpoint import fingerprint, read_json, write_json
 from dalle.errors import CheckpointError, ConfigError, DataError
 from dalle.pipeline import AT_ONCE, TextToImage, fingerprint_of
 from stage2_prior.sample import Sampling
@@ -60,6 +60,28 @@ def test_prompts_can_have_seeds_of_their_own(model):
     assert together == apart
     with pytest.raises(DataError, match="2 seeds for 3 prompts"):
         model(PROMPTS, seed=[1, 2])
+
+
+def test_a_run_draws_with_its_own_guidance(run, model, tmp_path):
+    guided = tmp_path / "guided"
+    shutil.copytree(run, guided)
+    config = read_json(guided / "prior" / "config.json")
+    write_json(
+        guided / "prior" / "config.json", config | {"training": {"caption_dropout": 0.1, "guidance": 3.0}}
+    )
+    own = TextToImage.load(guided, device="cpu", precision="fp32")
+    assert own.resolve(None).guidance == own.resolve(Sampling(0.5)).guidance == 3.0
+    assert own.resolve(Sampling(guidance=1.5)).guidance == 1.5
+    asked = bytes_of(own(PROMPTS[0], sampling=Sampling(guidance=1.0)))
+    assert asked == bytes_of(model(PROMPTS[0]))
+    assert bytes_of(own(PROMPTS[0])) == bytes_of(own(PROMPTS[0], sampling=Sampling(guidance=3.0))) != asked
+
+
+def test_guidance_is_refused_where_every_picture_had_its_caption(model):
+    assert model.resolve(None).guidance == 1.0
+    assert bytes_of(model(PROMPTS[0], sampling=Sampling(guidance=1.0))) == bytes_of(model(PROMPTS[0]))
+    with pytest.raises(ConfigError, match=r"guidance=2\.0 needs .*caption_dropout=0\.1"):
+        model(PROMPTS[0], sampling=Sampling(guidance=2.0))
 
 
 def test_the_codes_are_the_same_too(model):
@@ -212,3 +234,59 @@ def test_the_pictures_are_the_decoded_codes(model):
     decoded = (model.dvae.decode(codes) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     for picture, expected in zip(model(PROMPTS[0], n=2), decoded, strict=True):
         assert np.array_equal(np.asarray(picture), expected)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 5, 64])
+def test_however_few_are_drawn_at_once_the_pictures_are_the_same(model, at_once):
+    few, told = dataclasses.replace(model, at_once=at_once), []
+    assert bytes_of(few(PROMPTS, n=7, seed=2, on_token=told.append)) == bytes_of(model(PROMPTS, n=7, seed=2))
+    assert max(told) <= max(at_once, 1)
+    assert sum(told) == 3 * 7 * 16
+
+
+def test_nothing_can_be_drawn_none_at_once(model):
+    with pytest.raises(ConfigError, match="at_once=0 must be at least 1"):
+        dataclasses.replace(model, at_once=0)
+
+
+def test_the_text_is_read_once_for_all_pictures_of_a_prompt(model, monkeypatch):
+    read = []
+    embed = type(model.prior).embed_text
+    monkeypatch.setattr(
+        type(model.prior),
+        "embed_text",
+        lambda self, tokens: (read.append(len(tokens)), embed(self, tokens))[1],
+    )
+    model(PROMPTS[0], n=40)
+    assert read == [1]
+
+
+@pytest.mark.parametrize("weights", ["fp16", "bf16", "int8"])
+def test_other_weights_draw_too(run, weights):
+    model = TextToImage.load(run, precision="fp32", weights=weights)
+    assert len(set(bytes_of(model(PROMPTS[0], n=3)))) == 3
+
+
+def test_previews_show_what_is_drawn_so_far(model):
+    seen = []
+    drawn = dataclasses.replace(model, at_once=4)(
+        PROMPTS[:2], n=3, preview=lambda first, pictures: seen.append((first, pictures))
+    )
+    # 4 rows of codes: three previews of each of the two times three pictures
+    assert [(first, len(pictures)) for first, pictures in seen] == 3 * [(0, 3)] + 3 * [(3, 3)]
+    for i, (_, pictures) in enumerate(seen):
+        rows = 4 * (i % 3 + 1)  # pixels
+        for picture in pictures:
+            assert (np.asarray(picture)[rows:] == 128).all()
+            assert not (np.asarray(picture)[:rows] == 128).all()
+    assert bytes_of(drawn) == bytes_of(model(PROMPTS[:2], n=3))
+
+
+def test_without_a_preview_nothing_is_decoded_on_the_way(model, monkeypatch):
+    decoded = []
+    decode = type(model.dvae).decode
+    monkeypatch.setattr(
+        type(model.dvae), "decode", lambda self, codes: (decoded.append(len(codes)), decode(self, codes))[1]
+    )
+    model(PROMPTS[0], n=5)
+    assert decoded == [5]
