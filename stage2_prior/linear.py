@@ -149,6 +149,7 @@ def _int8(weight: Tensor, bias: Tensor, rows: int) -> Fast:
     scale = (weight.abs().amax(1) / 127).clamp_min(1e-30).bfloat16()
     steps = (weight / scale.float()[:, None]).round().clamp(-127, 127)
     if any(size % 16 for size in weight.shape):
-        return _in_bf16(_by_rows((steps * scale.float()[:, None]).bfloat16(), bias.bfloat16(), rows))
+        table = (steps * scale.float()[:, None]).bfloat16()
+        return lambda x: F.linear(x.bfloat16(), table).float() + bias
     steps = steps.to(torch.int8)
     return lambda x: torch._weight_int8pack_mm(x.bfloat16(), steps, scale) + bias
