@@ -56,12 +56,15 @@ Temperature = Annotated[
 TopK = Annotated[int | None, typer.Option(help="Draw only from the K likeliest codes.", show_default=False)]
 TopP = Annotated[
     float | None,
-    typer.Option(help="Draw only from the likeliest codes that reach probability P.", show_default=False),
+    typer.Option(
+        help="Draw only from the likeliest codes that reach probability P; by default the run's own.",
+        show_default=False,
+    ),
 ]
 Guidance = Annotated[
     float | None,
     typer.Option(
-        help="Above 1: nearer to the caption and less varied; by default the model's own.",
+        help="Above 1: nearer to the caption and less varied; by default the run's own.",
         show_default=False,
     ),
 ]
@@ -251,13 +254,14 @@ def sample(
     total = len(captions) * model.prior.config.cells
     with Bar("drawing", total, unit="tokens") as bar, previewing(out, captions, preview) as shown:
         pictures = model(wanted, n, seed=seed, sampling=sampling, on_token=bar.advance, preview=shown)
+    how = model.resolve(sampling)
     made = {
         "run": NAME if builtin else str(run),
         "seed": seed,
         "temperature": temperature,
         "top_k": top_k,
-        "top_p": top_p,
-        "guidance": model.resolve(sampling).guidance,
+        "top_p": how.top_p,
+        "guidance": how.guidance,
     }
     paths = save_drawings(out, pictures, captions, n, made)
     say(f"drew {len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {bar.clock.seconds:.1f} s")

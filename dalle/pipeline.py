@@ -43,6 +43,7 @@ class TextToImage:
     dvae: DVAE
     precision: Precision = "fp32"
     guidance: float | None = None  # what it draws with; None: it never saw a picture without its caption
+    top_p: float = 1.0  # likewise
     weights: Weights = "auto"
     at_once: int = AT_ONCE
     _decoders: list[Decoder] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -108,25 +109,26 @@ class TextToImage:
             DVAE.load(run / "dvae", device),
             choose(precision, device),
             trained.get("guidance", 1.0) if trained.get("caption_dropout") else None,
+            trained.get("top_p", 1.0),
             weights,
             at_once,
         )
 
     def resolve(self, sampling: Sampling | None) -> Sampling:
-        """What drawing so means with this model: its own guidance where none is asked for.
+        """What drawing so means with this model: its own top-p and guidance where none are asked for.
 
         Raises:
             ConfigError: guidance of a prior that was not trained for it.
         """
         sampling = sampling or Sampling()
-        if sampling.guidance is None:
-            return replace(sampling, guidance=1.0 if self.guidance is None else self.guidance)
-        if sampling.guidance != 1 and self.guidance is None:
+        top_p = self.top_p if sampling.top_p is None else sampling.top_p
+        guidance = self.guidance if sampling.guidance is None else sampling.guidance
+        if self.guidance is None and guidance not in (None, 1):
             raise ConfigError(
-                f"guidance={sampling.guidance} needs a prior that has seen pictures without their captions: "
+                f"guidance={guidance} needs a prior that has seen pictures without their captions: "
                 "train one with --set caption_dropout=0.1"
             )
-        return sampling
+        return replace(sampling, top_p=top_p, guidance=1.0 if guidance is None else guidance)
 
     def __call__(
         self,
@@ -145,7 +147,7 @@ class TextToImage:
         Args:
             seed: decides the noise; one for all prompts, or one for each.
             sampling: temperature, top-k, top-p and guidance; by default temperature 1, as in the paper, and
-                the model's own guidance.
+                the run's own top-p and guidance.
             on_token: called with the number of image tokens drawn since the last call.
             preview: called every few rows with the pictures under way, grey where nothing is drawn yet, and
                 with the place of the first of them among all.

@@ -94,6 +94,9 @@ class PriorTraining(Training):
     guidance: float = setting(
         1.0, "how far drawings go beyond their distribution to what the caption adds", paper="1"
     )
+    top_p: float = setting(
+        1.0, "drawings keep to the likeliest codes that together reach this probability", paper="1"
+    )
     image_start: Literal["random", "codebook"] = setting(
         "random",
         "image tokens at the start: random, or alike where the dVAE's codebook is",
@@ -109,6 +112,8 @@ class PriorTraining(Training):
             raise ConfigError(
                 f"guidance={self.guidance} needs pictures without captions in training: set caption_dropout"
             )
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1")
         if self.guidance < 0:
             raise ConfigError(f"guidance={self.guidance} must not be negative")
         for name in ("text_weight", "bpe_dropout", "caption_dropout"):
@@ -134,7 +139,8 @@ PRESETS: dict[str, tuple[PriorConfig, PriorTraining]] = {
             bpe_captions=20_000,
             bpe_dropout=0.0,
             caption_dropout=0.1,
-            guidance=2.0,
+            guidance=1.5,
+            top_p=0.8,
             image_start="codebook",
         ),
     ),

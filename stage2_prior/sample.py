@@ -19,12 +19,13 @@ class Sampling:
 
     Guidance g makes the logits u + g·(c − u), c those given the caption and u those given none (Ho and
     Salimans 2021, arXiv:2207.12598): beyond 1 what the caption asks for counts more. The paper has none.
+    For top_p and guidance None stands for the run's own (see `TextToImage.resolve`); 1 does nothing.
     """
 
     temperature: float = 1.0  # 0: always the most probable code
     top_k: int | None = None  # only the k most probable codes
     top_p: float | None = None  # only the most probable codes that together reach probability p
-    guidance: float | None = None  # None: the model's own, or none
+    guidance: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -61,7 +62,7 @@ def choose(logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"], how: Samp
         least = logits.topk(how.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     p = torch.softmax(logits, -1)
-    if how.top_p is not None:
+    if how.top_p not in (None, 1):
         ordered, order = p.sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # the most probable code always stays
         p = p.scatter(-1, order, ordered.masked_fill(before >= how.top_p, 0.0))

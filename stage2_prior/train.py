@@ -277,7 +277,7 @@ class Stage2:
         decoder = Decoder(
             self.model, len(self.prompts), precision=choose(self.config.precision, best_device())
         )
-        how = Sampling(guidance=self.config.guidance)
+        how = Sampling(top_p=self.config.top_p, guidance=self.config.guidance)
         text = read(decoder, self.prompt_tokens, how)
         drawn = torch.stack(list(draw(decoder, text, uniform, how)), 1)
         pixels = self.codes.decode(drawn.reshape(-1, self.codes.grid, self.codes.grid))

@@ -62,19 +62,18 @@ def test_prompts_can_have_seeds_of_their_own(model):
         model(PROMPTS, seed=[1, 2])
 
 
-def test_a_run_draws_with_its_own_guidance(run, model, tmp_path):
+def test_a_run_draws_in_its_own_way_unless_asked_otherwise(run, model, tmp_path):
     guided = tmp_path / "guided"
     shutil.copytree(run, guided)
-    config = read_json(guided / "prior" / "config.json")
-    write_json(
-        guided / "prior" / "config.json", config | {"training": {"caption_dropout": 0.1, "guidance": 3.0}}
-    )
+    config, way = read_json(guided / "prior" / "config.json"), {"guidance": 3.0, "top_p": 0.5}
+    write_json(guided / "prior" / "config.json", config | {"training": {"caption_dropout": 0.1, **way}})
     own = TextToImage.load(guided, device="cpu", precision="fp32")
-    assert own.resolve(None).guidance == own.resolve(Sampling(0.5)).guidance == 3.0
-    assert own.resolve(Sampling(guidance=1.5)).guidance == 1.5
-    asked = bytes_of(own(PROMPTS[0], sampling=Sampling(guidance=1.0)))
+    assert own.resolve(None) == Sampling(top_p=0.5, guidance=3.0)
+    assert own.resolve(Sampling(0.5)) == Sampling(0.5, None, 0.5, 3.0)
+    assert own.resolve(Sampling(guidance=1.5)) == Sampling(top_p=0.5, guidance=1.5)
+    asked = bytes_of(own(PROMPTS[0], sampling=Sampling(top_p=1.0, guidance=1.0)))
     assert asked == bytes_of(model(PROMPTS[0]))
-    assert bytes_of(own(PROMPTS[0])) == bytes_of(own(PROMPTS[0], sampling=Sampling(guidance=3.0))) != asked
+    assert bytes_of(own(PROMPTS[0])) == bytes_of(own(PROMPTS[0], sampling=Sampling(**way))) != asked
 
 
 def test_guidance_is_refused_where_every_picture_had_its_caption(model):
