@@ -36,7 +36,9 @@ class Training:
     ema_decay: float = setting(MISSING, "decay of the averaged weights at each copy")
     ema_every: int = setting(MISSING, "updates between two copies into the average")
     precision: Precision = setting(  # noqa: RUF009 (a field, which ruff cannot see here)
-        "auto", "fp32, bf16, or auto: what this device is faster in"
+        "auto",
+        "fp32, bf16, fp16 (stage 2 only), or auto: what this device is faster in",
+        paper="fp16 (App. D)",
     )
     seed: int = setting(0, "decides the weights at the start, the order of the data and all noise")
     heldout: float = setting(0.02, "share of the data kept for evaluation where it names no split")
@@ -154,7 +156,7 @@ def fit(task: Task, engine: Engine, loader: Loader, config: Training, folder: Pa
                 if step == bar.start + SETTLED and not last:
                     say(f"{task.label}: about {duration(bar.left(step))} for the remaining steps")
                 if step % config.log_every == 0 or last:
-                    log.write(step, window.close())
+                    log.write(step, {**window.close(), **engine.per_resblock()})
                 tokens = bar.rate(step) * config.batch_size * task.tokens_per_picture
                 bar.show(step, {"tokens/s": f"{tokens:,.0f}", "loss": f"{metrics['loss']:.4g}"})
                 with clock.paused():
