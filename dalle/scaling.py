@@ -79,7 +79,7 @@ class Scaling:
         self.outside = False  # whether any other parameter's was not
         device = next(model.parameters()).device
         self._applied = torch.empty(len(self.names), device=device)
-        self._apply()
+        self.apply()
         owner: dict[int, int] = {}
         for i, modules in enumerate(resblocks.values()):
             boundary = Boundary(self._applied[i], dtype)
@@ -97,16 +97,16 @@ class Scaling:
                 before any clipping. All of it is looked at in one pass and, where several processes train,
                 agreed on in one exchange among them all; the answer is waited for once.
         """
-        names, pieces = zip(*gradients, strict=True)
-        owners = torch.tensor([self._owner[name] for name in names], device=self._applied.device)
-        norms = torch.stack(torch._foreach_norm(list(pieces)))  # one that is not finite shows in its norm
         flags = self._applied.new_zeros(len(self.names) + 1)
-        flags.index_add_(0, owners, (~norms.isfinite()).to(flags.dtype))
+        if held := dict(gradients):
+            owners = torch.tensor([self._owner[name] for name in held], device=flags.device)
+            norms = torch.stack(torch._foreach_norm(list(held.values())))  # shows what is not finite
+            flags.index_add_(0, owners, (~norms.isfinite()).to(flags))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
         *within, outside = (count > 0 for count in flags.tolist())
         self.rule.adapt(within)
-        self._apply()
+        self.apply()
         self.overflowed = [name for name, bad in zip(self.names, within, strict=True) if bad]
         self.outside = outside
         return outside or any(within)
@@ -124,7 +124,8 @@ class Scaling:
         others = f" and {more} more" if more else ""
         return f"resblock {first}{others}, whose scale is 2^{math.log2(scales[first]):.1f}"
 
-    def _apply(self) -> None:
+    def apply(self) -> None:
+        """Let the boundaries have the rule's scales."""
         self._applied.copy_(torch.tensor(self.rule.scales) * self.micro_batches)
 
     def metrics(self) -> dict[str, list[float]]:
@@ -147,4 +148,4 @@ class Scaling:
         self.rule.scales = saved["scales"].tolist()
         self.rule.rest = saved["rest"].tolist()
         self.rule.overflows = saved["overflows"].tolist()
-        self._apply()
+        self.apply()

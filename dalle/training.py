@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from dalle.chart import draw_scales
 from dalle.checkpoint import newest_state, save_state
 from dalle.config import setting
 from dalle.console import Bar, Stopwatch, duration, say, warn
@@ -221,6 +222,8 @@ def _save(task: Task, engine: Engine, config: Training, folder: Path, step: int)
     with engine.averaged():
         task.publish()
     save_state(folder / "state", step, engine.tensors(), {"task": task.state()}, config.keep)
+    if engine.scaling is not None:
+        draw_scales(folder)
 
 
 def _name_skipped(loader: Loader) -> None:
