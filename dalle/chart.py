@@ -78,6 +78,7 @@ def of_scales(folder: Path) -> str:
 
 
 def draw_scales(folder: Path) -> None:
-    """Write `folder`/scales.svg."""
-    with replacing(folder / "scales.svg") as partial:
-        partial.write_text(of_scales(folder), encoding="utf-8")
+    """Write `folder`/scales.svg, once there is something to draw."""
+    if drawn := of_scales(folder):
+        with replacing(folder / "scales.svg") as partial:
+            partial.write_text(drawn, encoding="utf-8")

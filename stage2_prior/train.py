@@ -92,7 +92,7 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
         source, prepare, batch_size=config.batch_size // config.micro_batches, seed=config.seed,
         workers=config.workers, min_side=codes.image_size,
     )  # fmt: skip
-    centre = partial(_prepare_heldout, tokenizer=tokenizer, size=codes.image_size, words=words)
+    centre = partial(prepare_plainly, tokenizer=tokenizer, size=codes.image_size, words=words)
     heldout = Loader(unseen, centre, batch_size=1, seed=config.seed, min_side=codes.image_size).first(
         config.eval_pictures
     )
@@ -173,9 +173,10 @@ def _prepare(
     return torch.from_numpy(pixels), torch.from_numpy(tokens), torch.tensor(was_cut)
 
 
-def _prepare_heldout(
+def prepare_plainly(
     sample: Sample, _: np.random.Generator, tokenizer: Tokenizer, size: int, words: int
 ) -> tuple[Tensor, Tensor]:
+    """The middle of a sample's picture in 8 bits, and the tokens of its first caption."""
     tokens, _cut = fit_text(tokenizer.encode(sample.captions[0]), words)
     return torch.from_numpy(centre_crop(sample.image, size)), torch.from_numpy(tokens)
 
