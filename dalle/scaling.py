@@ -98,9 +98,9 @@ class Scaling:
                 agreed on in one exchange among them all; the answer is waited for once.
         """
         flags = self._applied.new_zeros(len(self.names) + 1)
-        if held := dict(gradients):
-            owners = torch.tensor([self._owner[name] for name in held], device=flags.device)
-            norms = torch.stack(torch._foreach_norm(list(held.values())))  # shows what is not finite
+        if held := list(gradients):
+            owners = torch.tensor([self._owner[name] for name, _ in held], device=flags.device)
+            norms = torch.stack(torch._foreach_norm([piece for _, piece in held]))  # shows what is not finite
             flags.index_add_(0, owners, (~norms.isfinite()).to(flags))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
