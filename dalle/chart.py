@@ -16,17 +16,17 @@ MOST = 600  # points drawn of a curve
 class Curve:
     """Points (update, value) in order of the updates; a curve without a label is not in the legend."""
 
-    points: Sequence[tuple[float, float]]
+    points: Sequence[tuple[int, float]]
     label: str = ""
     colour: str = COLOURS[0]
 
 
-def curves(named: Mapping[str, Sequence[tuple[float, float]]]) -> list[Curve]:
+def curves(named: Mapping[str, Sequence[tuple[int, float]]]) -> list[Curve]:
     """One curve for each name, in colours of their own."""
     return [Curve(points, name, COLOURS[i % len(COLOURS)]) for i, (name, points) in enumerate(named.items())]
 
 
-def shades(series: Sequence[Sequence[tuple[float, float]]], first: str, last: str) -> list[Curve]:
+def shades(series: Sequence[Sequence[tuple[int, float]]], first: str, last: str) -> list[Curve]:
     """Many curves, coloured from blue to orange in their order; only the first and the last are named."""
     steps = max(1, len(series) - 1)
     labels = {0: first, len(series) - 1: last}
