@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.underflow import WAYS
 
-STEPS = 60
+STEPS = 40
 
 
 @pytest.fixture(scope="module")
