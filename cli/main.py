@@ -328,7 +328,7 @@ def audit_precision(
     from stage2_prior.audit import audit
 
     found = find_run(run)
-    facts = audit(found / "prior", codes_of(found), batches, data)
+    facts = {"run": str(run), **audit(found / "prior", codes_of(found), batches, data)}
     if json:
         import json as encoder
 

@@ -30,7 +30,7 @@ def audit(folder: Path, codes: Codes, batches: int, data: str | None = None) -> 
         data: in place of the run's.
 
     Returns:
-        See `dalle.audit.facts`.
+        The number of pictures, and see `dalle.audit.facts`.
 
     Raises:
         DalleError: there is no such prior, it was trained on another dVAE, or its data cannot be read.
@@ -60,4 +60,4 @@ def audit(folder: Path, codes: Codes, batches: int, data: str | None = None) -> 
 
     parts = (slice(at, at + together) for at in range(0, len(pixels), together))
     found = count(model.resblocks(), (partial(loss, part) for part in parts))
-    return {"run": str(folder.parent), "pictures": len(pixels), **facts(found)}
+    return {"pictures": len(pixels), **facts(found)}
