@@ -19,6 +19,7 @@ class Curve:
     points: Sequence[tuple[int, float]]
     label: str = ""
     colour: str = COLOURS[0]
+    width: float = 1.6
 
 
 def curves(named: Mapping[str, Sequence[tuple[int, float]]]) -> list[Curve]:
@@ -52,7 +53,8 @@ def svg(drawn: Sequence[Curve], title: str = "", *, width: int = 390, height: in
             f"{left + (right - left) * x / last:.1f},{bottom - (bottom - top) * (y - low) / span:.1f}"
             for x, y in curve.points[::every]
         )
-        parts.append(f'<polyline points="{dots}" fill="none" stroke="{curve.colour}" stroke-width="1.6"/>')
+        pen = f'fill="none" stroke="{curve.colour}" stroke-width="{curve.width}"'
+        parts.append(f'<polyline points="{dots}" {pen}/>')
         if curve.label:
             parts.append(
                 f'<text x="{at}" y="{top - 8}" fill="{curve.colour}">{html.escape(curve.label)}</text>'
