@@ -49,9 +49,14 @@ class Layer(nn.Module):
         self.mlp_norm = LayerNorm(config.width)
         self.mlp = MLP(config.width)
 
-    def forward(self, x: Float[Tensor, "b t w"]) -> Float[Tensor, "b t w"]:
-        x = residual(x, self.attention_norm, self.attention)
-        return residual(x, self.mlp_norm, self.mlp)
+    def forward(self, x: Float[Tensor, "b t w"], recompute: bool = False) -> Float[Tensor, "b t w"]:
+        """With `recompute` each resblock keeps its input alone for the backward pass."""
+        for resblock in ((self.attention_norm, self.attention), (self.mlp_norm, self.mlp)):
+            if recompute:
+                x = checkpoint(residual, x, *resblock, use_reentrant=False)
+            else:
+                x = residual(x, *resblock)
+        return x
 
     def prefill(self, x: Float[Tensor, "p text w"], pictures: int) -> tuple[Float[Tensor, "p text w"], Cache]:
         """The same over the text alone, keeping keys and values."""
@@ -174,7 +179,7 @@ class Prior(nn.Module):
             )
         x = torch.cat([self.embed_text(tokens), self.embed_image(codes)], 1)
         for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
+            x = layer(x, self.recompute)
         x = self.norm(x)
         return x[:, : c.text_length], x[:, c.text_length :]
 
