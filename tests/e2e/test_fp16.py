@@ -9,7 +9,7 @@ import pytest
 from dalle.metrics import read_metrics
 from tests.e2e.settings import dvae, options, prior
 
-FP16 = options(precision="fp16", log_every=1, eval_every=3)
+FP16 = options(precision="fp16", micro_batch=2, recompute="true", log_every=1, eval_every=3)
 RESBLOCKS = 2 * 3
 
 
