@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.audit import count, own_scale
-from dalle.boundary import residual
 from dalle.chart import COLOURS, Curve, svg
 from dalle.engine import Engine
 from dalle.optim import AdamW, Average
+from dalle.precision import Arithmetic
 from dalle.scaling import Scaling
 from stage2_prior.config import PriorConfig
 from stage2_prior.model import Layer
@@ -37,6 +37,11 @@ WINDOW = 10  # updates that a point of the figure stands for
 
 class Ladder(nn.Module):
     """Layers of the prior, each with a task of its own."""
+
+    tokens: Tensor
+    heads: Tensor
+    tasks: Tensor
+    weights: Tensor
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -60,8 +65,7 @@ class Ladder(nn.Module):
         """The loss of every layer, unweighted; noise is an answer in place of the right one, or −1."""
         x, losses = self.tokens[tokens], []
         for layer, head, task in zip(self.layers, self.heads, self.tasks, strict=True):
-            x = residual(x, layer.attention_norm, layer.attention)
-            x = residual(x, layer.mlp_norm, layer.mlp)
+            x = layer(x)
             with torch.autocast(x.device.type, enabled=False):
                 logits = F.layer_norm(x, x.shape[-1:]) @ head.t()
                 answers = torch.where(noise < 0, task[tokens], noise)
@@ -100,7 +104,7 @@ def scale_for_each(steps: int) -> Tensor:
     return _with_engine(model, "fp16", scaling, steps)
 
 
-def _with_engine(model: Ladder, precision: str, scaling: Scaling | None, steps: int) -> Tensor:
+def _with_engine(model: Ladder, precision: Arithmetic, scaling: Scaling | None, steps: int) -> Tensor:
     average = Average(model.parameters(), 0.9, 1)
     engine = Engine(model, optimizer_of(model), average, clip=None, precision=precision, scaling=scaling)
 

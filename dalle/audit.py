@@ -20,11 +20,8 @@ from dalle.scaling import HIGHEST, LOWEST
 
 # Octave e holds magnitudes from 2^e to 2^(e+1). fp32 has these; what is not finite goes into one above.
 LEAST, MOST = -150, 128
-TO_ZERO, NORMAL, BEYOND = (
-    -25,
-    -14,
-    16,
-)  # fp16: 0 below the first, denormal below the second, Inf from the last
+# fp16 turns what is smaller than 2^TO_ZERO into 0, is denormal below 2^NORMAL, and ends at 2^BEYOND.
+TO_ZERO, NORMAL, BEYOND = -25, -14, 16
 
 
 @dataclass(frozen=True)
