@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.audit import count, own_scale
+from dalle.audit import Resblock, count, describe, facts, own_scale
 from dalle.chart import COLOURS, Curve, svg
 from dalle.engine import Engine
 from dalle.optim import AdamW, Average
@@ -88,6 +88,11 @@ def optimizer_of(model: nn.Module) -> AdamW:
     return optimizer
 
 
+def gradients(model: Ladder) -> dict[str, Resblock]:
+    """Those of the first batch in fp32, counted."""
+    return count(model.resblocks(), [lambda: (model(*batch(0)) * model.weights).sum()])
+
+
 def fp32(steps: int) -> Tensor:
     """Losses of every layer at every update, `steps × depth`."""
     return _with_engine(Ladder(), "fp32", None, steps)
@@ -96,7 +101,7 @@ def fp32(steps: int) -> Tensor:
 def scale_for_each(steps: int) -> Tensor:
     """The same in fp16 with the paper's scales."""
     model = Ladder()
-    found = count(model.resblocks(), [lambda: (model(*batch(0)) * model.weights).sum()])
+    found = gradients(model)
     scaling = Scaling(model)
     # Where they would settle: from 2^13 they would come there by 2^(1/1000) an update.
     scaling.rule.scales = [2.0 ** (own_scale(resblock) - 1) for resblock in found.values()]
@@ -146,10 +151,11 @@ WAYS = {"fp32": fp32, "fp16, a scale for each resblock": scale_for_each, "fp16, 
 
 
 def main(path: Path, steps: int = 600) -> None:
-    """Train in the three ways, print the last losses, draw those of the last layer."""
+    """Audit the model, train in the three ways, print the last losses, draw those of the last layer."""
     torch.set_num_threads(1)
+    print(describe({"run": "at the start", "pictures": len(batch(0)[0]), **facts(gradients(Ladder()))}))
     found = {name: train(steps) for name, train in WAYS.items()}
-    print(f"loss of each layer after {steps} updates, nats (mean of the last 20)")
+    print(f"\nloss of each layer after {steps} updates, nats (mean of the last 20)")
     for name, losses in found.items():
         print(f"  {name:32}", "  ".join(f"{x:.4f}" for x in losses[-20:].mean(0)))
     drawn = []
