@@ -89,9 +89,8 @@ def test_an_inf_in_one_resblock_shrinks_its_scale_and_drops_the_update(block, po
     train(hit, range(2))
     before, scales = everything(hit), log2_scales(hit)
     backward(hit, 2)
-    layer, branch = block.rsplit(".", 1)
     names = [n for n, _ in hit.model.named_parameters() if n.startswith((f"{block}.", f"{block}_norm."))]
-    assert len(names) == 6, layer
+    assert len(names) == 6
     dict(hit.pieces())[names[-1]].view(-1)[3] = poison
     assert hit.update(1e-3, 3)["dropped_updates"] == 1
     assert hit.scaling.overflowed == [block]
@@ -103,7 +102,6 @@ def test_an_inf_in_one_resblock_shrinks_its_scale_and_drops_the_update(block, po
     backward(hit, 3)
     assert hit.update(1e-3, 4)["dropped_updates"] == 0
     assert hit.per_resblock()["overflows"] == [float(name == block) for name in BLOCKS]
-    assert branch in ("attention", "mlp")
 
 
 def test_every_parameter_of_a_resblock_tells_of_it_and_no_other():
@@ -162,11 +160,10 @@ def test_the_scales_make_up_for_the_division_by_micro_batches():
 
 def test_what_is_saved_continues_bit_exactly():
     straight, resumed = engine(), engine(seed=1)
-    for each in (straight,):
-        train(each, range(2))
-        backward(each, 2)
-        dict(each.pieces())["layers.2.attention.out.bias"][0] = math.inf
-        each.update(1e-3, 3)
+    train(straight, range(2))
+    backward(straight, 2)
+    dict(straight.pieces())["layers.2.attention.out.bias"][0] = math.inf
+    straight.update(1e-3, 3)
     files = {file: load(save(group)) for file, group in straight.tensors().items()}
     resumed.load(files)
     assert log2_scales(resumed) == log2_scales(straight)
