@@ -26,6 +26,7 @@ from dalle.optim import AdamW, Average, parameter_count
 from dalle.pictures import contact_sheet, save_png, to_images, to_pixels
 from dalle.precision import best_device, choose
 from dalle.runs import Options, Plan, plan
+from dalle.scaling import Scaling
 from dalle.schedules import Plateau, cosine, warmup
 from dalle.text import NO_TOKEN, Tokenizer
 from dalle.text import fit as fit_text
@@ -93,7 +94,7 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
         source, prepare, batch_size=config.batch_size // config.micro_batches, seed=config.seed,
         workers=config.workers, min_side=codes.image_size,
     )  # fmt: skip
-    centre = partial(_prepare_heldout, tokenizer=tokenizer, size=codes.image_size, words=words)
+    centre = partial(prepare_plainly, tokenizer=tokenizer, size=codes.image_size, words=words)
     heldout = Loader(unseen, centre, batch_size=1, seed=config.seed, min_side=codes.image_size).first(
         config.eval_pictures
     )
@@ -109,7 +110,8 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
         variance_limit=config.variance_limit,
     )  # fmt: skip
     average = Average(model.parameters(), config.ema_decay, config.ema_every)
-    engine = Engine(model, optimizer, average, clip=config.clip, precision=precision)
+    scaling = Scaling(model, config.micro_batches) if precision == "fp16" else None
+    engine = Engine(model, optimizer, average, clip=config.clip, precision=precision, scaling=scaling)
     say(
         f"prior: {run.folder} · preset {run.preset} · {parameter_count(model):,} parameters · "
         f"{run.model.text_length} text + {run.model.cells} image tokens of {tokenizer.vocab_size:,} and "
@@ -181,9 +183,10 @@ def _prepare(
     return torch.from_numpy(pixels), torch.from_numpy(tokens), torch.tensor(was_cut)
 
 
-def _prepare_heldout(
+def prepare_plainly(
     sample: Sample, _: np.random.Generator, tokenizer: Tokenizer, size: int, words: int
 ) -> tuple[Tensor, Tensor]:
+    """The middle of a sample's picture in 8 bits, and the tokens of its first caption."""
     tokens, _cut = fit_text(tokenizer.encode(sample.captions[0]), words)
     return torch.from_numpy(centre_crop(sample.image, size)), torch.from_numpy(tokens)
 

@@ -86,3 +86,20 @@ def test_damage_is_told_by_its_file(run, damage):
     with pytest.raises(CheckpointError) as caught:
         facts_of_run(run)
     assert str(path) in str(caught.value)
+
+
+def test_gradient_scales_are_those_of_the_last_line_and_the_most_troubled_resblock_is_named(run):
+    assert "resblocks" not in facts_of_run(run)["prior"]
+    lines = [
+        {"step": 1, "log2_scales": [13.0, 13.0, 13.0], "overflows": [0.0, 0.0, 0.0]},
+        {"step": 2, "log2_scales": [13.5, 9.25, 24.0], "overflows": [1.0, 7.0, 2.0]},
+        {"step": 2, "heldout_loss": 1.0},
+    ]
+    path = run / "prior" / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    facts = facts_of_run(run)
+    assert facts["prior"]["resblocks"] == {"log2_scales": [13.5, 9.25, 24.0], "overflows": [1.0, 7.0, 2.0]}
+    assert (
+        "gradient scales 2^9.2 (resblock 2) to 2^24.0 (resblock 3), 10 overflows, most in resblock 2: 7"
+        in describe_run(facts)
+    )

@@ -2,10 +2,12 @@
 
 import errno
 import json
+import math
 from pathlib import Path
 
 import pytest
 
+from dalle import metrics
 from dalle.console import Stopwatch
 from dalle.errors import CheckpointError
 from dalle.metrics import MetricsLog, Window, read_metrics
@@ -114,3 +116,19 @@ def test_a_window_survives_a_clock_that_stands_still():
     window = Window(1, Clock())
     window.add({"loss": 1.0}, pictures=1)
     assert window.close()["loss"] == 1.0
+
+
+def test_a_list_has_a_number_for_every_part_in_both_logs(tmp_path, monkeypatch):
+    class Board:
+        def __init__(self):
+            self.seen = []
+
+        def add_scalar(self, name, value, step):
+            self.seen.append((name, value, step))
+
+    board = Board()
+    monkeypatch.setattr(metrics, "_summary_writer", lambda folder, resumed_step: board)
+    log = MetricsLog(tmp_path, 0, tensorboard=True)
+    log.write(3, {"loss": 1.5, "log2_scales": [13.0, 1 / 3, math.nan]})
+    assert read_metrics(tmp_path) == [{"step": 3, "loss": 1.5, "log2_scales": [13.0, 0.333333, None]}]
+    assert board.seen[:3] == [("loss", 1.5, 3), ("log2_scales/0", 13.0, 3), ("log2_scales/1", 1 / 3, 3)]

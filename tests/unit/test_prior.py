@@ -165,6 +165,16 @@ def test_recomputing_does_run_the_layers_twice():
         assert calls == dict.fromkeys(range(3), expected)
 
 
+def test_resblocks_are_recomputed_one_by_one_from_the_last_to_the_first():
+    model, calls = tiny.prior(), []
+    for name, (_, branch) in model.resblocks().items():
+        branch.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    model.recompute = True
+    gradients(model)
+    order = list(model.resblocks())
+    assert calls == order + order[::-1]
+
+
 def test_a_model_that_was_evaluated_first_can_be_trained():
     model = tiny.prior()
     with torch.inference_mode():
