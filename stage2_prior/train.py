@@ -29,6 +29,7 @@ from dalle.runs import Options, Plan, plan
 from dalle.schedules import Plateau, cosine, warmup
 from dalle.text import Tokenizer
 from dalle.text import fit as fit_text
+from dalle.threads import Threads, cores
 from dalle.training import fit
 from stage2_prior.codes import Codes
 from stage2_prior.config import PRESETS, PriorTraining
@@ -195,6 +196,7 @@ class Stage2:
         self.model, self.run, self.codes = model, run, codes
         self.config: PriorTraining = run.training
         self.tokens_per_picture = run.model.length
+        self.threads = Threads(cores(model.start_of_text.device))
         self.plateau = Plateau(self.config.patience)
         self.cut = self.seen = 0  # captions cut to the text slots, and all captions, since the start
         self.heldout_tokens = heldout[1]
@@ -222,7 +224,8 @@ class Stage2:
         """Weighted cross-entropy of one micro-batch."""
         pixels, tokens, cut = batch
         self.cut, self.seen = self.cut + int(cut.sum()), self.seen + len(cut)
-        text, image = losses(self.model, tokens, self.encode(pixels))
+        codes = torch.cat(self.threads.map(lambda piece: self.encode(*piece), self.threads.split(pixels)))
+        text, image = losses(self.model, tokens, codes, self.threads)
         return self.weighted(text, image), self.metrics(text.detach(), image.detach())
 
     def weighted(self, text: Tensor, image: Tensor) -> Tensor:
@@ -247,7 +250,7 @@ class Stage2:
         for tokens, codes in zip(
             self.heldout_tokens.split(AT_ONCE), self.heldout_codes.split(AT_ONCE), strict=True
         ):
-            text, image = losses(self.model, tokens, codes)
+            text, image = losses(self.model, tokens, codes, self.threads)
             for name, value in {"loss": self.weighted(text, image), **self.metrics(text, image)}.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(codes) / len(self.heldout_codes)
         metrics = {f"heldout_{name}": value for name, value in sums.items()}
