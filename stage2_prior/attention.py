@@ -9,8 +9,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from stage2_prior.backends import Attend, Dense
 from stage2_prior.config import PriorConfig
-from stage2_prior.masks import Kind, dense, visible
+from stage2_prior.masks import Kind, visible
 
 
 @dataclass
@@ -34,25 +35,15 @@ class Attention(nn.Module):
         self.config, self.kind, self.heads = config, kind, config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
-        self._masks: dict[tuple[int, torch.device], Tensor] = {}
+        self.attend: Attend = Dense(config, kind)
 
     def forward(self, x: Float[Tensor, "b t w"]) -> Float[Tensor, "b t w"]:
         """Attend within the first t slots; t is the whole sequence, or shorter at its end."""
-        q, k, v = self._split(x)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(x.shape[1], x.device))
-        return self.out(rearrange(y, "b h t d -> b t (h d)"))
+        return self.out(self.attend(self.qkv(x), self.heads))
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
         return q, k, v
-
-    def _mask(self, length: int, device: torch.device) -> Tensor:
-        key = (length, device)
-        if key not in self._masks:
-            c = self.config
-            mask = dense(self.kind, c.text_length, c.grid, c.kernel)[:length, :length]
-            self._masks = {key: mask.to(device)}
-        return self._masks[key]
 
     def prefill(self, x: Float[Tensor, "p text w"], pictures: int) -> tuple[Float[Tensor, "p text w"], Cache]:
         """Attend within the text of p prompts; room in the cache for so many pictures of each."""

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle.checkpoint import load_model
 from stage2_prior.attention import Attention, Cache
-from stage2_prior.config import PriorConfig
+from stage2_prior.backends import BACKENDS
+from stage2_prior.config import Backend, PriorConfig
 from stage2_prior.masks import Kind, kinds
 
 HEAD_SPREAD = 0.1  # of the logits at the start where the head does not begin at 0 (see `start_from`)
@@ -133,6 +134,12 @@ class Prior(nn.Module):
             ConfigError: its config.json describes another kind of model.
         """
         return load_model(Path(folder), cls, PriorConfig, torch.device(device))
+
+    def attend_by(self, backend: Backend) -> None:
+        """Compute attention over whole sequences in another way; see `stage2_prior.backends`."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            layer.attention.attend = BACKENDS[backend](self.config, layer.attention.kind)
 
     def embed_text(self, tokens: Int[Tensor, "b words"]) -> Float[Tensor, "b text w"]:
         """The text slots; `tokens` has one column less than there are slots, −1 where there is no token."""

@@ -31,13 +31,15 @@ from dalle.text import Tokenizer
 from dalle.text import fit as fit_text
 from dalle.threads import Threads, cores
 from dalle.training import fit
+from stage2_prior import backends
 from stage2_prior.codes import Codes
-from stage2_prior.config import PRESETS, PriorTraining
+from stage2_prior.config import PRESETS, Backend, PriorTraining
 from stage2_prior.loss import losses
 from stage2_prior.model import Prior
 from stage2_prior.sample import Sampling, draw, noise
 
 SHOWN = 8  # prompts drawn at every evaluation
+TRIED = 8  # pictures, at most, with which forms of attention are timed
 AT_ONCE = 32  # held-out pictures in one forward pass
 SCENE_PROMPTS = (
     "a red circle", "a small blue star", "a large green triangle", "three yellow squares",
@@ -85,6 +87,7 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
     tokenizer = _tokenizer(run, source)
     run = replace(run, model=replace(run.model, text_vocab=tokenizer.vocab_size))
     words = run.model.text_length - 1
+    run = replace(run, training=replace(config, attention=_attention(run, device, precision)))
     prepare = partial(
         _prepare, tokenizer=tokenizer, size=codes.image_size, words=words, dropout=config.bpe_dropout
     )
@@ -103,6 +106,7 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
         model.start_from(codes.vectors, config.seed)
     model.to(device)
     model.recompute = config.recompute
+    model.attend_by(run.training.attention)
     optimizer = AdamW(
         model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
         variance_limit=config.variance_limit,
@@ -112,7 +116,8 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
     say(
         f"prior: {run.folder} · preset {run.preset} · {parameter_count(model):,} parameters · "
         f"{run.model.text_length} text + {run.model.cells} image tokens of {tokenizer.vocab_size:,} and "
-        f"{run.model.image_vocab:,} · {len(source):,} pictures of {run.data} · {device.type} {precision}"
+        f"{run.model.image_vocab:,} · {len(source):,} pictures of {run.data} · {device.type} {precision}, "
+        f"{run.training.attention} attention"
     )
     run.write(dvae=codes.fingerprint, tokenizer=tokenizer.fingerprint())
     prompts = list(SCENE_PROMPTS) if run.data == "scenes" else _captions(unseen, SHOWN)
@@ -121,6 +126,14 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
     if stage.cut:
         warn(f"{stage.cut:,} of {stage.seen:,} captions were cut to {words} tokens: raise text_length")
     return done
+
+
+def _attention(run: Plan, device: torch.device, precision: str) -> Backend:
+    """The setting resolved. It is kept in config.json: a run that goes on has to give the same bits."""
+    config: PriorTraining = run.training
+    pictures = max(1, config.batch_size // config.micro_batches // cores(device))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return backends.choose(config.attention, run.model, min(pictures, TRIED), dtype, device)
 
 
 def _tokenizer(run: Plan, source: Source) -> Tokenizer:
