@@ -57,6 +57,13 @@ TopP = Annotated[
     float | None,
     typer.Option(help="Draw only from the likeliest codes that reach probability P.", show_default=False),
 ]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        help="Above 1: nearer to the caption and less varied; by default the model's own.",
+        show_default=False,
+    ),
+]
 ShowConfig = Annotated[
     bool, typer.Option("--show-config", help="Print every setting with the paper's value, and stop.")
 ]
@@ -83,6 +90,7 @@ def evaluate(
     temperature: Temperature = 1.0,
     top_k: TopK = None,
     top_p: TopP = None,
+    guidance: Guidance = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -96,9 +104,9 @@ def evaluate(
     from dalle.report import judge_and_report
     from stage2_prior.sample import Sampling
 
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = Sampling(temperature, top_k, top_p, guidance)
     command = f"dalle evaluate --run {run} --prompts {prompts} --seed {seed}"
-    for option, value in (("top-k", top_k), ("top-p", top_p)):
+    for option, value in (("top-k", top_k), ("top-p", top_p), ("guidance", guidance)):
         command += f" --{option} {value}" if value is not None else ""
     command += f" --temperature {temperature}" if temperature != 1 else ""
     found = find_run(run)
@@ -197,6 +205,7 @@ def sample(
     temperature: Temperature = 1.0,
     top_k: TopK = None,
     top_p: TopP = None,
+    guidance: Guidance = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -216,7 +225,7 @@ def sample(
     wanted = [p.strip().encode("utf-8", "replace").decode("utf-8") for p in wanted if p.strip()]
     if not wanted:
         raise DalleError('no prompt was given; say what to draw, such as: dalle sample "a red circle"')
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = Sampling(temperature, top_k, top_p, guidance)
     if run is None and not DEFAULT_RUN.exists():
         say(f"drawing with the built-in model, which knows {ABOUT}; dalle train-dvae begins one of your own")
         run = Path(NAME)
@@ -233,6 +242,7 @@ def sample(
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
+        "guidance": model.resolve(sampling).guidance,
     }
     paths = save_drawings(
         out or (Path("samples") if builtin else run / "samples"), pictures, captions, n, made

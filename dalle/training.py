@@ -81,7 +81,7 @@ SETTLED = 10  # updates after which the time left is worth saying
 # What may differ between a run and its continuation without making it another run.
 CHANGEABLE = {
     "steps", "workers", "log_every", "eval_every", "eval_pictures", "save_every", "keep", "tensorboard",
-    "attention",
+    "attention", "guidance",
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from dalle.pictures import contact_sheet, save_png, to_images, to_pixels
 from dalle.precision import best_device, choose
 from dalle.runs import Options, Plan, plan
 from dalle.schedules import Plateau, cosine, warmup
-from dalle.text import Tokenizer
+from dalle.text import NO_TOKEN, Tokenizer
 from dalle.text import fit as fit_text
 from dalle.threads import Threads, cores
 from dalle.training import fit
@@ -89,8 +89,9 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
     words = run.model.text_length - 1
     run = replace(run, training=replace(config, attention=_attention(run, device, precision)))
     prepare = partial(
-        _prepare, tokenizer=tokenizer, size=codes.image_size, words=words, dropout=config.bpe_dropout
-    )
+        _prepare, tokenizer=tokenizer, size=codes.image_size, words=words,
+        dropout=config.bpe_dropout, left_out=config.caption_dropout,
+    )  # fmt: skip
     loader = Loader(
         source, prepare, batch_size=config.batch_size // config.micro_batches, seed=config.seed,
         workers=config.workers, min_side=codes.image_size,
@@ -151,7 +152,7 @@ def _tokenizer(run: Plan, source: Source) -> Tokenizer:
         return Tokenizer.load(path)
     say(f"prior: learning up to {run.training.bpe_vocab:,} text tokens from the captions")
     captions = _some_captions(source, run.training.bpe_captions)
-    tokenizer = Tokenizer.train(captions, run.training.bpe_vocab)
+    tokenizer = Tokenizer.train(captions, run.training.bpe_vocab, run.training.bpe_spaces)
     tokenizer.save(path)
     return tokenizer
 
@@ -177,11 +178,19 @@ def _captions(source: Source, n: int) -> list[str]:
 
 
 def _prepare(
-    sample: Sample, rng: np.random.Generator, tokenizer: Tokenizer, size: int, words: int, dropout: float
+    sample: Sample,
+    rng: np.random.Generator,
+    tokenizer: Tokenizer,
+    size: int,
+    words: int,
+    dropout: float,
+    left_out: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     pixels = stage2_crop(sample.image, size, rng)
     caption = sample.captions[int(rng.integers(len(sample.captions)))]
     tokens, was_cut = fit_text(tokenizer.encode(caption, dropout=dropout, rng=rng), words)
+    if left_out and rng.random() < left_out:
+        tokens[:] = NO_TOKEN
     return torch.from_numpy(pixels), torch.from_numpy(tokens), torch.tensor(was_cut)
 
 
@@ -280,7 +289,8 @@ class Stage2:
         """One drawing of each fixed prompt, always with the same noise."""
         cells = self.run.model.cells
         uniform = noise(self.config.seed, range(len(self.prompts)), cells)
-        drawn = torch.stack(list(draw(self.model, self.prompt_tokens, uniform, Sampling())), 1)
+        how = Sampling(guidance=self.config.guidance)
+        drawn = torch.stack(list(draw(self.model, self.prompt_tokens, uniform, how)), 1)
         pixels = self.codes.decode(drawn.reshape(-1, self.codes.grid, self.codes.grid))
         return contact_sheet(to_images(pixels), self.prompts)
 

@@ -104,20 +104,21 @@ class Prior:
         return self.linear("text_head", x[: c.text_length]), self.linear("image_head", x[c.text_length :])
 
     def draw(
-        self, tokens: list[int], uniform: list[float], temperature: float = 1.0, top_k: int | None = None
+        self,
+        tokens: list[int],
+        uniform: list[float],
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        guidance: float = 1.0,
     ) -> list[int]:
         """A picture's codes without any cache: the whole sequence anew for every cell."""
         codes: list[int] = []
         for u in uniform:
-            unknown = [0] * (self.config.grid**2 - len(codes))
-            codes.append(
-                pick(
-                    self.logits(tokens, codes + unknown)[1][len(codes)],
-                    u,
-                    temperature=temperature,
-                    top_k=top_k,
-                )
-            )
+            known = codes + [0] * (self.config.grid**2 - len(codes))
+            captioned = self.logits(tokens, known)[1][len(codes)]
+            bare = self.logits([-1] * len(tokens), known)[1][len(codes)]
+            logits = guidance * captioned + (1 - guidance) * bare
+            codes.append(pick(logits, u, temperature=temperature, top_k=top_k))
         return codes
 
 
