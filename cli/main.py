@@ -314,6 +314,29 @@ def info(
         typer.echo(describe_run(facts))
 
 
+@app.command("audit-precision")
+def audit_precision(
+    run: Annotated[Path, typer.Argument(help="Run folder of a trained model.")] = DEFAULT_RUN,
+    batches: Annotated[int, typer.Option(min=1, help="Batches to look at.")] = 4,
+    data: Data = None,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Which gradients of the prior fp16 would lose: under one scale, and under one for each resblock."""
+    from dalle.audit import describe
+    from dalle.builtin import find_run
+    from dalle.pipeline import codes_of
+    from stage2_prior.audit import audit
+
+    found = find_run(run)
+    facts = {"run": str(run), **audit(found / "prior", codes_of(found), batches, data)}
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(facts, indent=2))
+    else:
+        typer.echo(describe(facts))
+
+
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"dalle {__version__}")

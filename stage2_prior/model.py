@@ -9,6 +9,7 @@ Source: paper, §2.2 and App. B.1.
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dalle.boundary import LayerNorm, Linear, residual
 from dalle.checkpoint import load_model
 from stage2_prior.attention import Attention, Cache
 from stage2_prior.backends import BACKENDS
@@ -26,16 +28,34 @@ HEAD_SPREAD = 0.1  # of the logits at the start where the head does not begin at
 SPREAD = 0.125  # variance of weights × fan-in, as in Sparse Transformers, which the paper follows
 
 
+class _Gelu(torch.autograd.Function):
+    """x·sigmoid(1.702x) in half the passes over memory, and with one tensor kept, that autograd would need.
+
+    It is silu(1.702x) / 1.702, whose derivative torch has in one pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (1.702 * x).sigmoid_().mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (grad,), (x,) = grads, ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad, 1.702 * x)
+
+
 class MLP(nn.Module):
     """Linear to four times the width, x·sigmoid(1.702x), linear back."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        self.up = Linear(width, 4 * width)
+        self.down = Linear(4 * width, width)
 
     def forward(self, x: Float[Tensor, "*b w"]) -> Float[Tensor, "*b w"]:
-        return self.down(F.silu(1.702 * self.up(x)) / 1.702)  # one pass less, either way, than as written
+        y: Tensor = _Gelu.apply(self.up(x))
+        return self.down(y)
 
 
 class Layer(nn.Module):
@@ -43,14 +63,14 @@ class Layer(nn.Module):
 
     def __init__(self, config: PriorConfig, kind: Kind) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention_norm = LayerNorm(config.width)
         self.attention = Attention(config, kind)
-        self.mlp_norm = nn.LayerNorm(config.width)
+        self.mlp_norm = LayerNorm(config.width)
         self.mlp = MLP(config.width)
 
     def forward(self, x: Float[Tensor, "b t w"]) -> Float[Tensor, "b t w"]:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+        x = residual(x, self.attention_norm, self.attention)
+        return residual(x, self.mlp_norm, self.mlp)
 
     def prefill(self, x: Float[Tensor, "p text w"], pictures: int) -> tuple[Float[Tensor, "p text w"], Cache]:
         """The same over the text alone, keeping keys and values."""
@@ -124,6 +144,14 @@ class Prior(nn.Module):
         placed /= placed.std().clamp_min(1e-6)
         self.image_tokens.weight.copy_(placed * math.sqrt(SPREAD / width))
         self.image_head.weight.copy_(placed * HEAD_SPREAD / math.sqrt(width))
+
+    def resblocks(self) -> dict[str, tuple[nn.Module, nn.Module]]:
+        """The two resblocks of every layer by name, in the order of the forward pass (`dalle.scaling`)."""
+        return {
+            f"layers.{i}.{branch}": (getattr(layer, f"{branch}_norm"), getattr(layer, branch))
+            for i, layer in enumerate(self.layers)
+            for branch in ("attention", "mlp")
+        }
 
     @classmethod
     def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> "Prior":

@@ -24,8 +24,9 @@ from dalle.engine import Engine
 from dalle.errors import ConfigError
 from dalle.optim import AdamW, Average, parameter_count
 from dalle.pictures import contact_sheet, save_png, to_images, to_pixels
-from dalle.precision import best_device, choose
+from dalle.precision import Arithmetic, best_device, choose
 from dalle.runs import Options, Plan, plan
+from dalle.scaling import Scaling
 from dalle.schedules import Plateau, cosine, warmup
 from dalle.text import NO_TOKEN, Tokenizer
 from dalle.text import fit as fit_text
@@ -96,7 +97,7 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
         source, prepare, batch_size=config.batch_size // config.micro_batches, seed=config.seed,
         workers=config.workers, min_side=codes.image_size,
     )  # fmt: skip
-    centre = partial(_prepare_heldout, tokenizer=tokenizer, size=codes.image_size, words=words)
+    centre = partial(prepare_plainly, tokenizer=tokenizer, size=codes.image_size, words=words)
     heldout = Loader(unseen, centre, batch_size=1, seed=config.seed, min_side=codes.image_size).first(
         config.eval_pictures
     )
@@ -113,7 +114,8 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
         variance_limit=config.variance_limit,
     )  # fmt: skip
     average = Average(model.parameters(), config.ema_decay, config.ema_every)
-    engine = Engine(model, optimizer, average, clip=config.clip, precision=precision)
+    scaling = Scaling(model, config.micro_batches) if precision == "fp16" else None
+    engine = Engine(model, optimizer, average, clip=config.clip, precision=precision, scaling=scaling)
     say(
         f"prior: {run.folder} · preset {run.preset} · {parameter_count(model):,} parameters · "
         f"{run.model.text_length} text + {run.model.cells} image tokens of {tokenizer.vocab_size:,} and "
@@ -129,11 +131,11 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
     return done
 
 
-def _attention(run: Plan, device: torch.device, precision: str) -> Backend:
+def _attention(run: Plan, device: torch.device, precision: Arithmetic) -> Backend:
     """The setting resolved. It is kept in config.json: a run that goes on has to give the same bits."""
     config: PriorTraining = run.training
     pictures = max(1, config.batch_size // config.micro_batches // cores(device))
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return backends.choose(config.attention, run.model, min(pictures, TRIED), dtype, device)
 
 
@@ -194,9 +196,10 @@ def _prepare(
     return torch.from_numpy(pixels), torch.from_numpy(tokens), torch.tensor(was_cut)
 
 
-def _prepare_heldout(
+def prepare_plainly(
     sample: Sample, _: np.random.Generator, tokenizer: Tokenizer, size: int, words: int
 ) -> tuple[Tensor, Tensor]:
+    """The middle of a sample's picture in 8 bits, and the tokens of its first caption."""
     tokens, _cut = fit_text(tokenizer.encode(sample.captions[0]), words)
     return torch.from_numpy(centre_crop(sample.image, size)), torch.from_numpy(tokens)
 

@@ -157,3 +157,16 @@ def cross_entropy(logits: np.ndarray, target: int) -> float:
 def numbers(tensor: Tensor) -> list[int]:
     """A row of integers as Python has them."""
     return [int(value) for value in tensor]
+
+
+def scales_of_the_paper(overflowed: list[bool]) -> list[float]:
+    """One gradient scale after every update (M = 1), in logarithms; its first value is the start."""
+    log2, last_division, seen = 13.0, -math.inf, [2.0**13]
+    for update, bad in enumerate(overflowed):
+        if not bad:
+            log2 += 1 / 1000
+        elif update - last_division >= 125:
+            log2, last_division = log2 - 1 / 2, update
+        log2 = max(7.0, min(24.0, log2))
+        seen.append(2.0**log2)
+    return seen

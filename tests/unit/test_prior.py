@@ -11,7 +11,7 @@ from torch import Tensor
 from stage2_prior.attention import Attention
 from stage2_prior.config import PRESETS, PriorConfig
 from stage2_prior.loss import losses
-from stage2_prior.model import Prior
+from stage2_prior.model import MLP, Prior
 from tests import oracles, tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # fp32 against float64, logits of about 10
@@ -254,3 +254,11 @@ def test_codes_that_decode_alike_begin_alike(channels):
         torch.testing.assert_close(found / found.mean(), expected / expected.mean(), rtol=0, atol=0.05)
     assert model.image_tokens.weight.std().item() == pytest.approx(math.sqrt(0.125 / 12), rel=0.05)
     assert model.image_head.weight.std().item() == pytest.approx(0.1 / math.sqrt(12), rel=0.05)
+
+
+def test_the_mlps_gradient_is_the_derivative_of_its_values():
+    mlp = MLP(6).double()
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    up = mlp.up(x)
+    torch.testing.assert_close(mlp(x), mlp.down(up * torch.sigmoid(1.702 * up)))
+    assert torch.autograd.gradcheck(mlp, x)
