@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dalle.checkpoint import load_model
 from stage1_dvae.config import DVAEConfig
@@ -199,3 +200,12 @@ class DVAE(nn.Module):
                 f"expected codes from 0 to {vocab - 1}, got {int(codes.min())} to {int(codes.max())}"
             )
         return reconstruction(self.decoder.look_up(codes))
+
+
+@torch.no_grad()
+def matrix_flops(model: DVAE) -> int:
+    """Of the convolutions that encode one picture and decode its relaxed codes, as PyTorch counts them."""
+    size = model.config.image_size
+    with FlopCounterMode(display=False) as counter:
+        model.decoder(model.logits(torch.zeros(1, 3, size, size, device=model.codebook().device)))
+    return int(counter.get_total_flops())

@@ -24,7 +24,7 @@ from stage1_dvae.codebook import ALARM, CodebookWindow
 from stage1_dvae.config import PRESETS, DVAETraining
 from stage1_dvae.likelihood import log_likelihood, reconstruction
 from stage1_dvae.loss import elbo
-from stage1_dvae.model import DVAE
+from stage1_dvae.model import DVAE, matrix_flops
 from stage1_dvae.start import pictures_needed, start_from_patches
 
 EVALUATION = 1 << 40  # keys the noise of evaluations apart from that of any step
@@ -98,6 +98,7 @@ class Stage1:
         self.model, self.run, self.heldout = model, run, heldout
         self.config: DVAETraining = run.training
         self.tokens_per_picture = run.model.grid**2
+        self.flops_per_picture = 3 * matrix_flops(model)  # the backward pass takes twice the forward's
         self.window = CodebookWindow(run.model.vocab_size)
         self.alarms = 0
 

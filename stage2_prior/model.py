@@ -22,7 +22,7 @@ from dalle.checkpoint import load_model
 from stage2_prior.attention import Attention, Cache
 from stage2_prior.backends import BACKENDS
 from stage2_prior.config import Backend, PriorConfig
-from stage2_prior.masks import Kind, kinds
+from stage2_prior.masks import Kind, dense, kinds
 
 HEAD_SPREAD = 0.1  # of the logits at the start where the head does not begin at 0 (see `start_from`)
 SPREAD = 0.125  # variance of weights × fan-in, as in Sparse Transformers, which the paper follows
@@ -228,3 +228,16 @@ class Prior(nn.Module):
         """`head` of these states, in fp32 whatever the rest runs in (paper, App. D)."""
         with torch.autocast(states.device.type, enabled=False):
             return F.linear(states.float(), head.weight.float(), head.bias.float())
+
+
+def matrix_flops(config: PriorConfig, words: int = 0) -> int:
+    """Of one picture's forward pass, two for a multiplication and an addition.
+
+    Counted is what the model asks for: attention over the slots that the masks allow, the image head at
+    image slots, the text head at `words` text tokens. What a form of attention computes besides is not.
+    """
+    c = config
+    pairs = sum(int(dense(kind, c.text_length, c.grid, c.kernel).sum()) for kind in kinds(c.depth))
+    layers = c.depth * 12 * c.width**2 * c.length
+    heads = c.width * (c.cells * c.image_vocab + words * c.text_vocab)
+    return 2 * (layers + 2 * c.width * pairs + heads)

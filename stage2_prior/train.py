@@ -36,7 +36,7 @@ from stage2_prior import backends
 from stage2_prior.codes import Codes
 from stage2_prior.config import PRESETS, Backend, PriorTraining
 from stage2_prior.loss import losses
-from stage2_prior.model import Prior
+from stage2_prior.model import Prior, matrix_flops
 from stage2_prior.sample import Sampling, draw, noise
 
 SHOWN = 8  # prompts drawn at every evaluation
@@ -221,6 +221,7 @@ class Stage2:
         self.model, self.run, self.codes = model, run, codes
         self.config: PriorTraining = run.training
         self.tokens_per_picture = run.model.length
+        self.flops_per_picture = 3 * matrix_flops(run.model)  # the backward pass takes twice the forward's
         self.threads = Threads(cores(model.start_of_text.device))
         self.plateau = Plateau(self.config.patience)
         self.cut = self.seen = 0  # captions cut to the text slots, and all captions, since the start

@@ -11,7 +11,7 @@ from dalle.config import to_json
 from dalle.errors import CheckpointError, DalleError
 from stage1_dvae.config import PRESETS, DVAEConfig
 from stage1_dvae.likelihood import map_pixels, reconstruction
-from stage1_dvae.model import DVAE, Conv2d, ResBlock
+from stage1_dvae.model import DVAE, Conv2d, ResBlock, matrix_flops
 
 CONFIG = DVAEConfig(image_size=20, vocab_size=11, hidden=8, codebook_width=5, groups=3, blocks_per_group=1)
 
@@ -212,3 +212,19 @@ def test_weights_and_configurations_that_do_not_fit_are_refused(tmp_path, model,
     write_json(tmp_path / "config.json", {"format": FORMAT, "model": changed})
     with pytest.raises(DalleError, match=message):
         DVAE.load(tmp_path)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_matrix_flops_are_two_for_every_weight_at_every_place(groups):
+    model, counted = dvae(groups=groups), 0
+
+    def count(conv, _, output):
+        nonlocal counted
+        counted += 2 * conv.w.numel() * output[0, 0].numel()
+
+    for module in model.modules():
+        if isinstance(module, Conv2d):
+            module.register_forward_hook(count)
+    model.decoder(model.logits(pixels(1)))
+    expected = counted
+    assert matrix_flops(model) == expected

@@ -11,7 +11,7 @@ from torch import Tensor
 from stage2_prior.attention import Attention
 from stage2_prior.config import PRESETS, PriorConfig
 from stage2_prior.loss import losses
-from stage2_prior.model import MLP, Prior
+from stage2_prior.model import MLP, Prior, matrix_flops
 from tests import oracles, tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # fp32 against float64, logits of about 10
@@ -262,3 +262,26 @@ def test_the_mlps_gradient_is_the_derivative_of_its_values():
     up = mlp.up(x)
     torch.testing.assert_close(mlp(x), mlp.down(up * torch.sigmoid(1.702 * up)))
     assert torch.autograd.gradcheck(mlp, x)
+
+
+@pytest.mark.parametrize("words", [0, 4])
+def test_matrix_flops_are_those_of_the_linear_layers_and_of_the_slots_that_are_seen(words):
+    model = tiny.prior(depth=6)
+    c, counted = model.config, 0
+
+    def count(linear, inputs, _):
+        nonlocal counted
+        counted += 2 * inputs[0][..., 0].numel() * linear.in_features * linear.out_features
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(count)
+    text, image = model(*tiny.batch(model, 1))
+    model.text_head(text[:, :words])
+    model.image_head(image)
+    seen = [
+        oracles.keys_seen(layer.attention.kind, slot, c.text_length, c.grid, c.kernel)
+        for layer in model.layers
+        for slot in range(c.length)
+    ]
+    assert matrix_flops(c, words) == counted + 2 * 2 * c.width * sum(map(len, seen))
