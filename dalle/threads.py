@@ -54,40 +54,56 @@ class Threads:
         finally:
             torch.set_num_threads(threads)  # a part of this number holds for all threads of the process
 
-    def summed(
-        self,
-        work: Callable[..., Tensor],
-        pieces: Sequence[tuple[Tensor, ...]],
-        parameters: Sequence[Tensor],
+    def apply(
+        self, work: Callable[..., Tensor], *columns: Tensor, parameters: Sequence[Tensor] = ()
     ) -> Tensor:
-        """The sum of `work(*piece)` over the pieces, differentiable by `parameters` alone.
+        """`work(*columns)` by pieces of rows, one below the other.
 
-        Gradients are added in the order of the pieces, so that the same run gives the same bits.
+        Differentiable by the columns and by `parameters`, whatever else `work` depends on. Gradients are
+        added in the order of the pieces, so that the same run gives the same bits.
         """
-        if self.pool is None or len(pieces) == 1 or not torch.is_grad_enabled():
-            return torch.stack(self.map(lambda piece: work(*piece), pieces)).sum(0)
-        total: Tensor = _Summed.apply(self, work, pieces, *parameters)
-        return total
+        if self.pool is None or len(columns[0]) == 1:
+            return work(*columns)
+        if not torch.is_grad_enabled():
+            return torch.cat(self.map(lambda piece: work(*piece), self.split(*columns)))
+        y: Tensor = _Pieces.apply(self, work, len(columns), *columns, *parameters)
+        return y
 
 
-class _Summed(torch.autograd.Function):
-    """One graph a piece, kept by the piece's own thread from the forward to the backward pass."""
+class _Pieces(torch.autograd.Function):
+    """One graph a piece, kept from the forward to the backward pass, both of which have a thread a piece."""
 
     @staticmethod
-    def forward(ctx: Any, threads: Threads, work: Any, pieces: Any, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, threads: Threads, work: Any, count: int, *tensors: Tensor) -> Tensor:
+        columns, ctx.parameters = tensors[:count], tensors[count:]
+        ctx.threads, ctx.wanted = threads, [column.requires_grad for column in columns]
+
+        def run(piece: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+            pairs = zip(piece, ctx.wanted, strict=True)
+            piece = tuple(part.detach().requires_grad_(wanted) for part, wanted in pairs)
+            return piece, work(*piece)
+
         with torch.enable_grad():
-            ctx.sums = threads.map(lambda piece: work(*piece), pieces)
-        ctx.threads, ctx.parameters = threads, parameters
-        return torch.stack([part.detach() for part in ctx.sums]).sum(0)
+            ctx.pieces = threads.map(run, threads.split(*columns))
+        return torch.cat([y.detach() for _, y in ctx.pieces])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        def gradients(part: Tensor) -> tuple[Tensor | None, ...]:
-            return torch.autograd.grad(part, ctx.parameters, grad, allow_unused=True)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        def run(
+            part: tuple[tuple[tuple[Tensor, ...], Tensor], Tensor],
+        ) -> tuple[list[Tensor], list[Tensor | None]]:
+            (piece, y), grad = part
+            columns = [column for column in piece if column.requires_grad]
+            found = torch.autograd.grad(y, [*columns, *ctx.parameters], grad, allow_unused=True)
+            zeros = [torch.zeros_like(c) if g is None else g for c, g in zip(columns, found, strict=False)]
+            return zeros, list(found[len(columns) :])
 
-        first, *others = ctx.threads.map(gradients, ctx.sums)
-        del ctx.sums
-        used = [i for i, g in enumerate(first) if g is not None]
-        for other in others:
-            torch._foreach_add_([first[i] for i in used], [other[i] for i in used])
-        return None, None, None, *first
+        lengths = [len(y) for _, y in ctx.pieces]
+        parts = ctx.threads.map(run, list(zip(ctx.pieces, grads[0].split(lengths), strict=True)))
+        del ctx.pieces
+        (_, total), *others = parts
+        used = [i for i, g in enumerate(total) if g is not None]
+        for _, other in others:
+            torch._foreach_add_([total[i] for i in used], [other[i] for i in used])
+        columns = iter([torch.cat(pieces) for pieces in zip(*(columns for columns, _ in parts), strict=True)])
+        return None, None, None, *(next(columns) if wanted else None for wanted in ctx.wanted), *total

@@ -68,7 +68,9 @@ def train(options: Options) -> bool:
         centred = Loader(source, centre, batch_size=1, seed=config.seed, min_side=size)
         (some,) = centred.first(pictures_needed(run.model))
         start_from_patches(model, to_pixels(some), config.seed)
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload] # faster everywhere
+    model.to(device).for_speed()
+    if config.recompute:
+        model.recompute()
     optimizer = AdamW(model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
     average = Average(model.parameters(), config.ema_decay, config.ema_every)
     engine = Engine(model, optimizer, average, clip=config.clip, precision=precision)

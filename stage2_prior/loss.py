@@ -33,10 +33,10 @@ def losses(
         return torch.stack([
             cross_entropy(text[:, :-1][real], model.text_head, tokens[real]),
             cross_entropy(image.flatten(0, 1), model.image_head, codes.flatten()),
-        ])  # fmt: skip
+        ])[None]  # fmt: skip
 
     threads = threads or Threads(1)
-    text, image = threads.summed(sums, threads.split(tokens, codes), list(model.parameters()))
+    text, image = threads.apply(sums, tokens, codes, parameters=list(model.parameters())).sum(0)
     return text / (tokens >= 0).sum().clamp_min(1), image / codes.numel()
 
 

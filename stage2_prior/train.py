@@ -250,8 +250,7 @@ class Stage2:
         """Weighted cross-entropy of one micro-batch."""
         pixels, tokens, cut = batch
         self.cut, self.seen = self.cut + int(cut.sum()), self.seen + len(cut)
-        codes = torch.cat(self.threads.map(lambda piece: self.encode(*piece), self.threads.split(pixels)))
-        text, image = losses(self.model, tokens, codes, self.threads)
+        text, image = losses(self.model, tokens, self.encode(pixels), self.threads)
         return self.weighted(text, image), self.metrics(text.detach(), image.detach())
 
     def weighted(self, text: Tensor, image: Tensor) -> Tensor:

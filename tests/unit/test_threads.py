@@ -8,25 +8,29 @@ import torch
 from dalle.threads import Threads
 
 
-def work(weight, unused):
-    def loss(x, y):
-        return torch.stack([(x @ weight).square().sum(), (y * weight[0]).sum()])
+def work(weight):
+    def rows(x, y, unused):
+        return (x @ weight).square() + (y * weight[0]).sum(1, keepdim=True)
 
-    return loss
+    return rows
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 6])
-def test_the_sum_over_pieces_is_that_of_the_whole_with_its_gradients(rows):
-    weight, unused = torch.randn(3, 3, requires_grad=True), torch.randn(2, requires_grad=True)
-    x, y = torch.randn(rows, 3), torch.randn(rows, 3)
-    expected = work(weight, unused)(x, y)
-    wanted = torch.autograd.grad(expected @ torch.tensor([0.5, 2.0]), weight)
-    threads = Threads(3)
-    total = threads.summed(work(weight, unused), threads.split(x, y), [weight, unused])
+def test_pieces_come_to_the_whole_with_all_its_gradients(rows):
+    weight, idle = torch.randn(3, 4, requires_grad=True), torch.randn(2, requires_grad=True)
+    x, y, unused = (
+        torch.randn(rows, n, requires_grad=grad) for n, grad in ((3, True), (4, False), (2, True))
+    )
+    expected, slope = work(weight)(x, y, unused), torch.randn(rows, 4)
+    wanted = torch.autograd.grad(expected, (x, weight), slope)
+    total = Threads(3).apply(work(weight), x, y, unused, parameters=[weight, idle])
     torch.testing.assert_close(total, expected)
-    found = torch.autograd.grad(total @ torch.tensor([0.5, 2.0]), [weight, unused], allow_unused=True)
-    torch.testing.assert_close(found[0], wanted[0])
-    assert found[1] is None
+    found = torch.autograd.grad(total, (x, weight, idle, unused), slope, allow_unused=True)
+    torch.testing.assert_close(found[:2], wanted)
+    assert found[2] is None
+    assert found[3] is None or not found[3].any()
+    with torch.no_grad():
+        assert not Threads(3).apply(work(weight), x, y, unused, parameters=[weight, idle]).requires_grad
 
 
 def test_every_piece_has_a_thread_of_one_core_and_the_callers_modes():
