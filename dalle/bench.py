@@ -40,7 +40,7 @@ from stage2_prior.model import Prior
 from stage2_prior.model import matrix_flops as prior_flops
 from stage2_prior.sample import Sampling, draw, noise
 
-LEAST = 5  # samples of everything; the median counts
+LEAST = 5  # runs of everything; the median counts
 
 
 # The shapes of the built-in model, and the paper's geometry at a size for CPUs.
@@ -135,10 +135,10 @@ def _cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
-def seconds(work: Callable[[], object], least: int = LEAST) -> float:
-    """Median of `least` or more runs, after one that warms up."""
+def seconds(work: Callable[[], object]) -> float:
+    """Median of `LEAST` runs, after one that warms up."""
     times: list[float] = []
-    for _ in range(1 + least):
+    for _ in range(1 + LEAST):
         start = time.perf_counter()
         work()
         if torch.cuda.is_available():
