@@ -143,6 +143,7 @@ def hugging_face(kind: str, shape: tuple[int, ...], precision: str, *, fused: bo
         model = transformers.GPT2LMHeadModel(
             transformers.GPT2Config(
                 vocab_size=words + codes, n_positions=length, n_embd=width, n_layer=depth, n_head=heads,
+                bos_token_id=None, eos_token_id=None,
                 attn_implementation="sdpa", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
             )
         )  # fmt: skip
