@@ -1,10 +1,11 @@
 """The commands. Torch is imported inside them, so that `--help` answers at once."""
 
+import gc
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -213,11 +214,24 @@ def sample(
             show_default=False,
         ),
     ] = None,
+    at_once: Annotated[
+        int, typer.Option(min=1, help="Pictures drawn side by side: more are faster, and need more memory.")
+    ] = 16,
+    weights: Annotated[
+        Literal["auto", "fp32", "fp16", "bf16", "int8"],
+        typer.Option(
+            help="The prior's weights while it draws. auto: the fastest form that changes none of them, or "
+            "bf16 where the machine computes in it; int8 rounds them to 8 bits."
+        ),
+    ] = "auto",
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Show what is drawn so far in preview.png, every few rows.")
+    ] = False,
 ) -> None:
     """Draw pictures for prompts; prints the paths of the PNGs, and of a sheet of all if they are several."""
     from dalle.builtin import ABOUT, FOLDER, NAME, find_run
     from dalle.console import Bar, say
-    from dalle.drawings import save_drawings
+    from dalle.drawings import previewing, save_drawings
     from dalle.pipeline import TextToImage
     from stage2_prior.sample import Sampling
 
@@ -230,12 +244,13 @@ def sample(
         say(f"drawing with the built-in model, which knows {ABOUT}; dalle train-dvae begins one of your own")
         run = Path(NAME)
     run = find_run(run or DEFAULT_RUN)
-    model = TextToImage.load(run)
-    total = len(wanted) * n * model.prior.config.cells
-    with Bar("drawing", total, unit="tokens") as bar:
-        pictures = model(wanted, n, seed=seed, sampling=sampling, on_token=bar.advance)
-    captions = [prompt for prompt in wanted for _ in range(n)]
     builtin = run == FOLDER
+    out = out or (Path("samples") if builtin else run / "samples")
+    model = TextToImage.load(run, weights=weights, at_once=at_once)
+    captions = [prompt for prompt in wanted for _ in range(n)]
+    total = len(captions) * model.prior.config.cells
+    with Bar("drawing", total, unit="tokens") as bar, previewing(out, captions, preview) as shown:
+        pictures = model(wanted, n, seed=seed, sampling=sampling, on_token=bar.advance, preview=shown)
     made = {
         "run": NAME if builtin else str(run),
         "seed": seed,
@@ -244,9 +259,7 @@ def sample(
         "top_p": top_p,
         "guidance": model.resolve(sampling).guidance,
     }
-    paths = save_drawings(
-        out or (Path("samples") if builtin else run / "samples"), pictures, captions, n, made
-    )
+    paths = save_drawings(out, pictures, captions, n, made)
     say(f"drew {len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {bar.clock.seconds:.1f} s")
     for path in paths:
         typer.echo(path)
@@ -390,6 +403,8 @@ def main() -> None:
                 "the device's memory is too small: use a smaller --set micro_batch=… or --set recompute=true"
             )
         raise
+    finally:
+        gc.freeze()  # or the interpreter looks through all of torch once more at its end: 0.4 s
 
 
 def _fail(message: str) -> Any:

@@ -1,7 +1,8 @@
 """What `sample` and `reconstruct` leave behind: PNGs that say how they were made, and sheets of them."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,27 @@ def save_drawings(
         _save(sheet, contact_sheet(pictures, captions), fact)
         paths.append(sheet)
     return paths
+
+
+@contextmanager
+def previewing(
+    folder: Path, captions: Sequence[str], wanted: bool
+) -> Iterator[Callable[[int, list[Image.Image]], None] | None]:
+    """While it lasts, preview.png in the folder shows the pictures under way; None where that is not wanted.
+
+    Args:
+        captions: the prompt of every picture that will be drawn.
+    """
+    path = folder / "preview.png"
+
+    def show(first: int, pictures: list[Image.Image]) -> None:
+        save_png(path, contact_sheet(pictures, captions[first : first + len(pictures)]))
+
+    try:
+        yield show if wanted else None
+    finally:
+        if wanted:
+            path.unlink(missing_ok=True)
 
 
 def _save(path: Path, picture: Image.Image, facts: Mapping[str, Any]) -> None:

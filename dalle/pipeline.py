@@ -1,12 +1,13 @@
 """From prompts to pictures: the tokenizer, the prior, and the dVAE on whose codes it was trained."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from PIL.Image import Image
 from torch import Tensor
@@ -15,14 +16,18 @@ from dalle.builtin import find_run
 from dalle.checkpoint import fingerprint, read_json
 from dalle.errors import CheckpointError, ConfigError, DataError
 from dalle.pictures import to_images
-from dalle.precision import Precision, arithmetic, best_device, choose
+from dalle.precision import Precision, best_device, choose
 from dalle.text import Tokenizer, fit
 from stage1_dvae.model import DVAE
 from stage2_prior.codes import Codes
+from stage2_prior.decode import Decoder, Text
+from stage2_prior.linear import Weights
 from stage2_prior.model import Prior
-from stage2_prior.sample import Sampling, draw, noise
+from stage2_prior.sample import Sampling, draw, noise, read
 
-AT_ONCE = 16  # pictures drawn side by side
+AT_ONCE = 16  # pictures drawn side by side, unless asked otherwise
+PREVIEWS = 8  # of a picture, at most
+Preview = Callable[[int, list[Image]], None]
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,13 @@ class TextToImage:
     dvae: DVAE
     precision: Precision = "fp32"
     guidance: float | None = None  # what it draws with; None: it never saw a picture without its caption
+    weights: Weights = "auto"
+    at_once: int = AT_ONCE
+    _decoders: list[Decoder] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.at_once < 1:
+            raise ConfigError(f"at_once={self.at_once} must be at least 1")
         for what, ours, theirs in (
             ("grid", self.prior.config.grid, self.dvae.config.grid),
             ("codes", self.prior.config.image_vocab, self.dvae.config.vocab_size),
@@ -52,15 +62,24 @@ class TextToImage:
 
     @classmethod
     def load(
-        cls, run: Path | str, device: torch.device | str | None = None, precision: Precision = "auto"
+        cls,
+        run: Path | str,
+        device: torch.device | str | None = None,
+        precision: Precision = "auto",
+        weights: Weights = "auto",
+        at_once: int = AT_ONCE,
     ) -> "TextToImage":
         """The model of the run folder `run`; "scenes" is the built-in one.
 
         Args:
             device: where to draw; by default CUDA where there is one.
             precision: of the matrix products; by default what the device is faster in.
+            weights: how the prior's are kept while it draws, see `stage2_prior.linear`; by default the
+                fastest form that keeps `precision`.
+            at_once: pictures drawn side by side. However many are asked for, memory is needed for so many.
 
         Raises:
+            ConfigError: at_once is less than 1, or the device has no such weights.
             CheckpointError: a stage is missing or damaged, or the prior was trained on another dVAE or
                 tokenizer.
         """
@@ -89,6 +108,8 @@ class TextToImage:
             DVAE.load(run / "dvae", device),
             choose(precision, device),
             trained.get("guidance", 1.0) if trained.get("caption_dropout") else None,
+            weights,
+            at_once,
         )
 
     def resolve(self, sampling: Sampling | None) -> Sampling:
@@ -115,6 +136,7 @@ class TextToImage:
         seed: int | Sequence[int] = 0,
         sampling: Sampling | None = None,
         on_token: Callable[[int], None] | None = None,
+        preview: Preview | None = None,
     ) -> list[Image]:
         """Draw `n` pictures for every prompt, in the order of the prompts.
 
@@ -125,8 +147,11 @@ class TextToImage:
             sampling: temperature, top-k, top-p and guidance; by default temperature 1, as in the paper, and
                 the model's own guidance.
             on_token: called with the number of image tokens drawn since the last call.
+            preview: called every few rows with the pictures under way, grey where nothing is drawn yet, and
+                with the place of the first of them among all.
 
         Raises:
+            ConfigError: the model's weights are broken.
             DataError: a prompt is empty, longer than the prior's text slots, n is less than 1, or there are
                 not as many seeds as prompts.
         """
@@ -138,16 +163,32 @@ class TextToImage:
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise DataError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one, or one for each")
+        tokens = self._tokens(prompts).to(self.prior.start_of_text.device)
+        together = min(max(1, self.at_once // n), len(prompts))  # prompts drawn side by side
         sampling = self.resolve(sampling)
-        together = max(1, AT_ONCE // n)  # prompts drawn side by side
-        tokens = self._tokens(prompts)
-        codes = [
-            self._codes(tokens[at : at + together], seeds[at : at + together], pictures, sampling, on_token)
-            for at in range(0, len(prompts), together)
-            for pictures in (range(i, min(i + AT_ONCE, n)) for i in range(0, n, AT_ONCE))
-        ]
-        with torch.inference_mode():
-            return [image for part in codes for image in to_images(self.dvae.decode(part))]
+        decoder = self._decoder(sampling.texts * together * min(n, self.at_once))
+        images: list[Image] = []
+
+        def on_codes(drawn: list[Tensor]) -> None:
+            if on_token is not None:
+                on_token(len(drawn[0]))
+            if preview is not None:
+                self._preview(drawn, lambda pictures: preview(len(images), pictures))
+
+        for at in range(0, len(prompts), together):
+            text = read(decoder, tokens[at : at + together], sampling)
+            for first in range(0, n, self.at_once):
+                pictures = range(first, min(first + self.at_once, n))
+                codes = self._codes(decoder, text, seeds[at : at + together], pictures, sampling, on_codes)
+                images += self._images(codes)
+        return images
+
+    def _decoder(self, rows: int) -> Decoder:
+        """The prior in the form for so many pictures side by side; kept until another number is asked for."""
+        if not self._decoders or self._decoders[0].rows != rows:
+            precision = choose(self.precision, self.prior.start_of_text.device)
+            self._decoders[:] = [Decoder(self.prior, rows, self.weights, precision)]
+        return self._decoders[0]
 
     def _tokens(self, prompts: Sequence[str]) -> Int[Tensor, "p words"]:
         words = self.prior.config.text_length - 1
@@ -165,22 +206,38 @@ class TextToImage:
 
     def _codes(
         self,
-        tokens: Int[Tensor, "p words"],
+        decoder: Decoder,
+        text: Text,
         seeds: Sequence[int],
         pictures: range,
         sampling: Sampling,
-        on_token: Callable[[int], None] | None,
+        on_codes: Callable[[list[Tensor]], None] | None = None,
     ) -> Int[Tensor, "b grid grid"]:
         """The codes of these pictures of every prompt, prompt by prompt."""
-        config, device = self.prior.config, self.prior.start_of_text.device
-        uniform = torch.cat([noise(seed, pictures, config.cells) for seed in seeds])
-        drawn = []
-        with arithmetic(choose(self.precision, device), device):
-            for codes in draw(self.prior, tokens.to(device), uniform, sampling):
-                drawn.append(codes)
-                if on_token is not None:
-                    on_token(len(uniform))
-        return torch.stack(drawn, 1).reshape(len(uniform), config.grid, config.grid)
+        grid = self.prior.config.grid
+        uniform = torch.cat([noise(seed, pictures, grid**2) for seed in seeds])
+        drawn: list[Tensor] = []
+        for codes in draw(decoder, text, uniform, sampling):
+            drawn.append(codes)
+            if on_codes is not None:
+                on_codes(drawn)
+        return torch.stack(drawn, 1).reshape(len(uniform), grid, grid)
+
+    @torch.inference_mode()
+    def _images(self, codes: Int[Tensor, "b grid grid"]) -> list[Image]:
+        return to_images(self.dvae.decode(codes))
+
+    def _preview(self, drawn: list[Tensor], show: Callable[[list[Image]], None]) -> None:
+        """Show the rows drawn so far, now and then."""
+        grid = self.prior.config.grid
+        rows, rest = divmod(len(drawn), grid)
+        if rest or rows == grid or rows % max(1, grid // PREVIEWS):
+            return
+        codes = F.pad(torch.stack(drawn, 1), (0, grid**2 - len(drawn)))
+        pictures = self._images(codes.reshape(-1, grid, grid))
+        for picture in pictures:
+            picture.paste("grey", (0, picture.height * rows // grid, *picture.size))
+        show(pictures)
 
 
 def codes_of(run: Path) -> Codes:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle.boundary import LayerNorm, Linear, residual
 from dalle.checkpoint import load_model
-from stage2_prior.attention import Attention, Cache
+from stage2_prior.attention import Attention
 from stage2_prior.backends import BACKENDS
 from stage2_prior.config import Backend, PriorConfig
 from stage2_prior.masks import Kind, dense, kinds
@@ -71,17 +71,6 @@ class Layer(nn.Module):
     def forward(self, x: Float[Tensor, "b t w"]) -> Float[Tensor, "b t w"]:
         x = residual(x, self.attention_norm, self.attention)
         return residual(x, self.mlp_norm, self.mlp)
-
-    def prefill(self, x: Float[Tensor, "p text w"], pictures: int) -> tuple[Float[Tensor, "p text w"], Cache]:
-        """The same over the text alone, keeping keys and values."""
-        y, cache = self.attention.prefill(self.attention_norm(x), pictures)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache
-
-    def step(self, x: Float[Tensor, "b w"], cache: Cache, slot: int) -> Float[Tensor, "b w"]:
-        """The same for one image slot."""
-        x = x + self.attention.step(self.attention_norm(x), cache, slot)
-        return x + self.mlp(self.mlp_norm(x))
 
 
 class Prior(nn.Module):
@@ -202,27 +191,6 @@ class Prior(nn.Module):
             x = checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
         x = self.norm(x)
         return x[:, : c.text_length], x[:, c.text_length :]
-
-    def prefill(self, tokens: Int[Tensor, "p words"], pictures: int) -> list[Cache]:
-        """Pass p prompts through all layers; one cache a layer, with room for `pictures` pictures of each."""
-        x, caches = self.embed_text(tokens), []
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
-            x, cache = layer.prefill(x, pictures)
-            caches.append(cache)
-        return caches
-
-    def step(self, codes: Int[Tensor, " b"] | None, caches: list[Cache], slot: int) -> Float[Tensor, "b v"]:
-        """Logits of image slot `slot`, given the codes of the cell before it (None for the first)."""
-        places = self.rows.weight[slot // self.config.grid] + self.columns.weight[slot % self.config.grid]
-        if codes is None:
-            x = (self.start_of_image + places).expand(len(caches[0].keys), -1)
-        else:
-            x = self.image_tokens(codes) + places
-        for layer, cache in zip(self.layers, caches, strict=True):
-            assert isinstance(layer, Layer)
-            x = layer.step(x, cache, slot)
-        return self.logits(self.image_head, self.norm(x))
 
     def logits(self, head: nn.Linear, states: Float[Tensor, "*b w"]) -> Float[Tensor, "*b v"]:
         """`head` of these states, in fp32 whatever the rest runs in (paper, App. D)."""

@@ -1,6 +1,6 @@
 """Drawing: one code after another, each given the text and the codes before."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dalle.errors import ConfigError
 from dalle.text import NO_TOKEN
-from stage2_prior.model import Prior
+from stage2_prior.decode import Decoder, Text
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class Sampling:
         if self.guidance is not None and not 0 <= self.guidance < float("inf"):
             raise ConfigError(f"guidance={self.guidance} must be a number of at least 0")
 
+    @property
+    def texts(self) -> int:
+        """How many texts a picture is drawn from: with guidance its caption and the empty one."""
+        return 1 if self.guidance in (None, 1) else 2
+
 
 def noise(seed: int, pictures: range, cells: int) -> Float[Tensor, "n cells"]:
     """One number in [0, 1) for every cell of every picture, a function of (seed, picture, cell) alone.
@@ -50,7 +55,8 @@ def choose(logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"], how: Samp
     """Draw a code from each row: the one in whose share of [0, 1) the row's uniform number falls."""
     if how.temperature == 0:
         return logits.argmax(-1)
-    logits = logits / how.temperature
+    if how.temperature != 1:
+        logits = logits / how.temperature
     if how.top_k is not None and how.top_k < logits.shape[-1]:
         least = logits.topk(how.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -59,41 +65,78 @@ def choose(logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"], how: Samp
         ordered, order = p.sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # the most probable code always stays
         p = p.scatter(-1, order, ordered.masked_fill(before >= how.top_p, 0.0))
-    edges = p.double().cumsum(-1)
-    drawn = torch.searchsorted(edges, (uniform.double() * edges[:, -1])[:, None], right=True)[:, 0]
+    edges = p.contiguous().cumsum(-1, dtype=torch.float64)
+    end = edges[:, -1:].contiguous()
+    drawn = torch.searchsorted(edges, uniform[:, None] * end, right=True)
     # A uniform number rounded up to the last edge would fall beyond it, or onto codes of probability 0.
-    last = logits.shape[-1] - 1 - (p > 0).flip(-1).int().argmax(-1)
-    return torch.minimum(drawn, last)
+    return torch.minimum(drawn, torch.searchsorted(edges, end))[:, 0]
+
+
+def read(decoder: Decoder, tokens: Int[Tensor, "prompts words"], how: Sampling) -> Text:
+    """Keys and values of p prompts, and of as many empty ones behind them where drawing so needs them."""
+    return decoder.read(torch.cat([tokens, torch.full_like(tokens, NO_TOKEN)][: how.texts]))
 
 
 @torch.inference_mode()
 def draw(
-    model: Prior,
-    tokens: Int[Tensor, "p words"],
-    uniform: Float[Tensor, "b cells"],
-    how: Sampling,
+    decoder: Decoder, text: Text, uniform: Float[Tensor, "b cells"], how: Sampling
 ) -> Iterator[Int[Tensor, " b"]]:
     """Draw b = p·n pictures, n of each prompt in turn; yields the codes cell by cell, in raster order.
 
+    On a GPU nothing waits for the host but the end of a row.
+
     Args:
-        tokens: one row a prompt, −1 where there is no token.
+        text: p prompts, as `read` gives them.
         uniform: the noise, one row a picture (see `noise`).
 
     Raises:
         ConfigError: the logits are not finite: the model's weights are broken.
     """
-    guidance = 1.0 if how.guidance is None else how.guidance
-    guided = guidance != 1
-    n = len(uniform) // len(tokens)
-    caches = model.prefill(torch.cat([tokens, torch.full_like(tokens, NO_TOKEN)]) if guided else tokens, n)
-    codes = None
-    for slot in range(model.config.cells):
-        before = torch.cat([codes, codes]) if guided and codes is not None else codes
-        logits = model.step(before, caches, slot)
-        if guided:
+    cells, grid, device = decoder.config.cells, decoder.config.grid, decoder.device
+    pictures, prompts = len(uniform), text[0].shape[1] // how.texts
+    state = decoder.state(text, pictures // prompts)
+    uniform = uniform.to(device)
+    codes = torch.full((how.texts * pictures,), decoder.start, device=device)
+    slot = torch.zeros(1, dtype=torch.long, device=device)
+    finite = torch.ones(cells, dtype=torch.bool, device=device)
+
+    def one_cell() -> None:
+        logits = decoder.step(codes, state, slot)
+        if how.guidance is not None and how.texts == 2:
             given, without = logits.chunk(2)
-            logits = torch.lerp(without, given, guidance)
-        if not logits.isfinite().all():
-            raise ConfigError(f"the prior's logits are not finite at cell {slot}: its weights are broken")
-        codes = choose(logits, uniform[:, slot].to(logits.device), how)
-        yield codes
+            logits = torch.lerp(without, given, how.guidance)
+        finite.index_copy_(0, slot, logits.sum()[None].isfinite())  # one infinity or NaN is enough
+        codes.copy_(choose(logits, uniform.index_select(1, slot)[:, 0], how).repeat(how.texts))
+        slot.add_(1)
+
+    def start_over() -> None:
+        codes.fill_(decoder.start)
+        slot.zero_()
+
+    checked = 1 if device.type == "cpu" else grid  # cells between two looks at `finite`
+    go = one_cell if device.type == "cpu" else _recorded(one_cell, start_over)
+    for cell in range(cells):
+        go()
+        if (cell + 1) % checked == 0 and not finite[cell + 1 - checked : cell + 1].all():
+            broken = int(finite.int().argmin())
+            raise ConfigError(f"the prior's logits are not finite at cell {broken}: its weights are broken")
+        yield codes[:pictures].clone()
+
+
+def _recorded(step: Callable[[], None], start_over: Callable[[], None]) -> Callable[[], None]:
+    """`step` as a CUDA graph: its hundreds of small kernels are launched at once.
+
+    It runs a few times first, as recording demands, and `start_over` undoes that.
+    """
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(3):
+            start_over()
+            step()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    start_over()
+    return graph.replay

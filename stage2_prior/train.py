@@ -35,9 +35,10 @@ from dalle.training import fit
 from stage2_prior import backends
 from stage2_prior.codes import Codes
 from stage2_prior.config import PRESETS, Backend, PriorTraining
+from stage2_prior.decode import Decoder
 from stage2_prior.loss import losses
 from stage2_prior.model import Prior, matrix_flops
-from stage2_prior.sample import Sampling, draw, noise
+from stage2_prior.sample import Sampling, draw, noise, read
 
 SHOWN = 8  # prompts drawn at every evaluation
 TRIED = 8  # pictures, at most, with which forms of attention are timed
@@ -292,8 +293,12 @@ class Stage2:
         """One drawing of each fixed prompt, always with the same noise."""
         cells = self.run.model.cells
         uniform = noise(self.config.seed, range(len(self.prompts)), cells)
+        decoder = Decoder(
+            self.model, len(self.prompts), precision=choose(self.config.precision, best_device())
+        )
         how = Sampling(guidance=self.config.guidance)
-        drawn = torch.stack(list(draw(self.model, self.prompt_tokens, uniform, how)), 1)
+        text = read(decoder, self.prompt_tokens, how)
+        drawn = torch.stack(list(draw(decoder, text, uniform, how)), 1)
         pixels = self.codes.decode(drawn.reshape(-1, self.codes.grid, self.codes.grid))
         return contact_sheet(to_images(pixels), self.prompts)
 

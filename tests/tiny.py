@@ -19,7 +19,10 @@ from dalle.text import Tokenizer
 from stage1_dvae.config import DVAEConfig
 from stage1_dvae.model import DVAE
 from stage2_prior.config import PriorConfig
+from stage2_prior.decode import Decoder
+from stage2_prior.linear import Weights
 from stage2_prior.model import Prior
+from stage2_prior.sample import Sampling, draw, read
 
 WORDS = ("red", "blue", "green", "circle", "square", "star", "a", "the", "of", "left")
 CAPTIONS = [f"a {colour} {shape}" for colour in WORDS[:3] for shape in WORDS[3:6]]
@@ -63,11 +66,21 @@ def batch(model: Prior, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def cached_logits(model: Prior, tokens: Tensor, codes: Tensor) -> Tensor:
+def cached_logits(model: Prior, tokens: Tensor, codes: Tensor, weights: Weights = "fp32") -> Tensor:
     """Logits of every slot, step by step, when these codes are drawn; n pictures for each prompt."""
-    caches = model.prefill(tokens, pictures=len(codes) // len(tokens))
-    before = [None, *codes[:, :-1].unbind(1)]
-    return torch.stack([model.step(code, caches, slot) for slot, code in enumerate(before)], 1)
+    decoder = Decoder(model, len(codes), weights)
+    state = decoder.state(decoder.read(tokens), len(codes) // len(tokens))
+    before = torch.cat([torch.full_like(codes[:, :1], decoder.start), codes[:, :-1]], 1)
+    steps = [decoder.step(code, state, torch.tensor([slot])) for slot, code in enumerate(before.unbind(1))]
+    return torch.stack(steps, 1)
+
+
+@torch.inference_mode()
+def drawn(model: Prior, tokens: Tensor, uniform: Tensor, how: Sampling | None = None) -> Tensor:
+    """The codes of whole pictures, a row each."""
+    how = how or Sampling()
+    decoder = Decoder(model, len(uniform) * how.texts)
+    return torch.stack(list(draw(decoder, read(decoder, tokens, how), uniform, how)), 1)
 
 
 def tokenizer() -> Tokenizer:

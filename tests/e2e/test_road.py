@@ -107,6 +107,20 @@ def test_every_picture_says_how_it_was_made_and_several_come_with_a_sheet(run, d
         assert image.width > 4 * 128
 
 
+def test_how_it_is_drawn_changes_the_pictures_little_or_not_at_all(dalle, run, tmp_path):
+    def drawn(*options: object) -> list[bytes]:
+        done = dalle("sample", PROMPT, "--run", run, "-n", 5, *options, "--out", tmp_path / str(options))
+        assert done.code == 0, done.err
+        assert sorted(done.paths[0].parent.iterdir()) == sorted(
+            other for path in done.paths for other in (path, path.with_suffix(".json"))
+        )
+        return [path.read_bytes() for path in done.paths[:5]]
+
+    plain = drawn()
+    assert drawn("--at-once", 2) == drawn("--preview") == plain
+    assert len(drawn("--weights", "int8")) == 5
+
+
 def test_a_dash_reads_prompts_from_standard_input(run, dalle, tmp_path):
     done = dalle("sample", "-", "--run", run, "--out", tmp_path, stdin="a red circle\n\n  a blue star  \n")
     assert done.code == 0, done.err

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stage2_prior.sample import Sampling, choose, draw, noise
+from stage2_prior.sample import Sampling, choose, noise
 from tests import oracles, tiny
 
 shapes = st.fixed_dictionaries(
@@ -46,8 +46,7 @@ def test_a_picture_does_not_depend_on_what_is_drawn_beside_it(shape, n, beside, 
     model = tiny.prior(seed, **shape)
     tokens, _ = tiny.batch(model, 1, seed)
     cells = model.config.cells
-    few = torch.stack(list(draw(model, tokens, noise(seed, range(n), cells), Sampling())), 1)
-    more = torch.stack(list(draw(model, tokens, noise(seed, range(n + beside), cells), Sampling())), 1)
+    few, more = (tiny.drawn(model, tokens, noise(seed, range(m), cells)) for m in (n, n + beside))
     assert torch.equal(few, more[:n])
 
 

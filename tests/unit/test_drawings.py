@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle.drawings import save_drawings, save_reconstructions
+from dalle.drawings import previewing, save_drawings, save_reconstructions
 from dalle.errors import DataError
 from tests import tiny
 
@@ -125,3 +125,18 @@ def test_a_picture_that_cannot_be_used_is_named(tmp_path, content, message):
     with pytest.raises(DataError, match=message) as caught:
         save_reconstructions(tmp_path, tiny.dvae(), [source])
     assert str(source) in str(caught.value)
+
+
+def test_a_preview_lasts_as_long_as_the_drawing(tmp_path):
+    path = tmp_path / "out" / "preview.png"
+    with previewing(path.parent, ["a star", "a ring", "a heart"], wanted=True) as show:
+        assert not path.exists()
+        show(1, pictures(2))
+        with Image.open(path) as first:
+            before = first.tobytes()
+        show(0, pictures(3))
+        with Image.open(path) as second:
+            assert second.tobytes() != before
+    assert not path.exists()
+    with previewing(path.parent, [], wanted=False) as show:
+        assert show is None

@@ -30,6 +30,13 @@ def bytes_of(pictures) -> list[bytes]:
     return [picture.tobytes() for picture in pictures]
 
 
+def codes_of(model: TextToImage, n: int, seed: int = 0) -> torch.Tensor:
+    """The codes of n pictures of the first prompt."""
+    decoder = model._decoder(n)
+    text = decoder.read(model._tokens(PROMPTS[:1]))
+    return model._codes(decoder, text, [seed], range(n), Sampling())
+
+
 def test_a_loaded_run_draws_pictures_of_its_size(model):
     (picture,) = model("a red circle")
     assert picture.size == (16, 16)
@@ -78,8 +85,7 @@ def test_guidance_is_refused_where_every_picture_had_its_caption(model):
 
 
 def test_the_codes_are_the_same_too(model):
-    tokens = model._tokens(PROMPTS[:1])
-    four, sixteen = (model._codes(tokens, [3], range(n), Sampling(), None) for n in (4, 16))
+    four, sixteen = (codes_of(model, n, seed=3) for n in (4, 16))
     assert torch.equal(four, sixteen[:4])
 
 
@@ -224,7 +230,63 @@ def test_half_precision_draws_too(run):
 
 
 def test_the_pictures_are_the_decoded_codes(model):
-    codes = model._codes(model._tokens(PROMPTS[:1]), [0], range(2), Sampling(), None)
+    codes = codes_of(model, 2)
     decoded = (model.dvae.decode(codes) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     for picture, expected in zip(model(PROMPTS[0], n=2), decoded, strict=True):
         assert np.array_equal(np.asarray(picture), expected)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 5, 64])
+def test_however_few_are_drawn_at_once_the_pictures_are_the_same(model, at_once):
+    few, told = dataclasses.replace(model, at_once=at_once), []
+    assert bytes_of(few(PROMPTS, n=7, seed=2, on_token=told.append)) == bytes_of(model(PROMPTS, n=7, seed=2))
+    assert max(told) <= max(at_once, 1)
+    assert sum(told) == 3 * 7 * 16
+
+
+def test_nothing_can_be_drawn_none_at_once(model):
+    with pytest.raises(ConfigError, match="at_once=0 must be at least 1"):
+        dataclasses.replace(model, at_once=0)
+
+
+def test_the_text_is_read_once_for_all_pictures_of_a_prompt(model, monkeypatch):
+    read = []
+    embed = type(model.prior).embed_text
+    monkeypatch.setattr(
+        type(model.prior),
+        "embed_text",
+        lambda self, tokens: (read.append(len(tokens)), embed(self, tokens))[1],
+    )
+    model(PROMPTS[0], n=40)
+    assert read == [1]
+
+
+@pytest.mark.parametrize("weights", ["fp16", "bf16", "int8"])
+def test_other_weights_draw_too(run, weights):
+    model = TextToImage.load(run, precision="fp32", weights=weights)
+    assert len(set(bytes_of(model(PROMPTS[0], n=3)))) == 3
+
+
+def test_previews_show_what_is_drawn_so_far(model):
+    seen = []
+    drawn = dataclasses.replace(model, at_once=4)(
+        PROMPTS[:2], n=3, preview=lambda first, pictures: seen.append((first, pictures))
+    )
+    # 4 rows of codes: three previews of each of the two times three pictures
+    assert [(first, len(pictures)) for first, pictures in seen] == 3 * [(0, 3)] + 3 * [(3, 3)]
+    for i, (_, pictures) in enumerate(seen):
+        rows = 4 * (i % 3 + 1)  # pixels
+        for picture in pictures:
+            assert (np.asarray(picture)[rows:] == 128).all()
+            assert not (np.asarray(picture)[:rows] == 128).all()
+    assert bytes_of(drawn) == bytes_of(model(PROMPTS[:2], n=3))
+
+
+def test_without_a_preview_nothing_is_decoded_on_the_way(model, monkeypatch):
+    decoded = []
+    decode = type(model.dvae).decode
+    monkeypatch.setattr(
+        type(model.dvae), "decode", lambda self, codes: (decoded.append(len(codes)), decode(self, codes))[1]
+    )
+    model(PROMPTS[0], n=5)
+    assert decoded == [5]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dalle.errors import ConfigError
+from stage2_prior.decode import Decoder
 from stage2_prior.masks import kinds
 from stage2_prior.sample import Sampling, choose, draw, noise
 from tests import oracles, tiny
@@ -39,7 +40,7 @@ def test_drawing_yields_the_codes_of_the_oracle_without_a_cache(how):
     model = tiny.prior(grid=3)
     tokens, _ = tiny.batch(model, 2)
     uniform = noise(5, range(2), 9).repeat(2, 1)
-    drawn = torch.stack(list(draw(model, tokens, uniform, how)), 1)
+    drawn = tiny.drawn(model, tokens, uniform, how)
     oracle = oracles.Prior(model)
     for row, u, caption in zip(drawn, uniform, tokens.repeat_interleave(2, 0), strict=True):
         guidance = 1.0 if how.guidance is None else how.guidance
@@ -54,7 +55,7 @@ def test_guidance_counts_what_the_caption_adds():
     uniform = noise(5, range(2), 9)
 
     def codes(how, text=tokens):
-        return torch.stack(list(draw(model, text, uniform, how)), 1)
+        return tiny.drawn(model, text, uniform, how)
 
     assert torch.equal(codes(Sampling(guidance=1.0)), codes(Sampling()))
     assert torch.equal(codes(Sampling(guidance=0.0)), codes(Sampling(), torch.full_like(tokens, -1)))
@@ -66,7 +67,7 @@ def test_drawing_leaves_prompts_and_noise_as_they_were():
     tokens, _ = tiny.batch(model, 2)
     uniform = noise(5, range(2), 9).repeat(2, 1)
     before = tokens.clone(), uniform.clone()
-    list(draw(model, tokens, uniform, Sampling(0.5, 3, 0.9)))
+    tiny.drawn(model, tokens, uniform, Sampling(0.5, 3, 0.9))
     assert torch.equal(tokens, before[0])
     assert torch.equal(uniform, before[1])
 
@@ -74,7 +75,8 @@ def test_drawing_leaves_prompts_and_noise_as_they_were():
 def test_codes_come_one_cell_at_a_time():
     model = tiny.prior(grid=3)
     tokens, _ = tiny.batch(model, 1)
-    stream = draw(model, tokens, noise(0, range(2), 9), Sampling())
+    decoder = Decoder(model, 2)
+    stream = draw(decoder, decoder.read(tokens), noise(0, range(2), 9), Sampling())
     first = next(stream)
     assert first.shape == (2,)
     assert first.dtype == torch.int64
@@ -87,7 +89,8 @@ def test_broken_weights_are_told_before_a_code_is_drawn_from_them(poison):
     with torch.no_grad():
         model.rows.weight[1] = poison
     tokens, _ = tiny.batch(model, 1)
-    stream = draw(model, tokens, noise(0, range(1), 9), Sampling())
+    decoder = Decoder(model)
+    stream = draw(decoder, decoder.read(tokens), noise(0, range(1), 9), Sampling())
     for _ in range(3):
         next(stream)
     with pytest.raises(ConfigError, match="not finite at cell 3"):

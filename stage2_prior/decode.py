@@ -1,0 +1,218 @@
+"""The prior as it draws: one image slot at a time, each layer remembering only what it can still see.
+
+The text passes through once and serves all pictures of its prompt. Of the picture a layer keeps the last
+slots that any later slot of its mask reaches, in a ring: grid + 1 of them in a row layer, the last rows in a
+convolutional one. What a slot reads has the same size at every position, and so does its cost.
+
+Slots are tensors, nothing branches on them: on a GPU a step can be recorded once and replayed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from stage2_prior.linear import Fast, Weights, fastest, resolve
+from stage2_prior.masks import Kind, visible
+from stage2_prior.model import Layer, Prior
+
+Text = list[Float[Tensor, "two p h text d"]]  # keys and values of every layer
+
+
+@dataclass(frozen=True)
+class Window:
+    """What each image slot of one kind of layer reads: places in a ring of the last slots.
+
+    Args:
+        ring: how many slots are kept; slot i lies at place i mod ring.
+        places: to be read for every slot; None where it is always the whole ring, in its order.
+        bias: 0 for a place that the slot sees, −∞ for one that it does not.
+    """
+
+    ring: int
+    places: Int[Tensor, "cells seen"] | None
+    bias: Float[Tensor, "cells seen"]
+
+    @classmethod
+    def of(cls, kind: Kind, grid: int, kernel: int, device: torch.device) -> "Window":
+        """The window of a mask, found from its definition."""
+        with torch.inference_mode(False):
+            slots = torch.arange(grid**2)[:, None]
+            seen = pad_sequence(visible(kind, grid, kernel), batch_first=True, padding_value=-1)
+            hidden = seen < 0
+            seen = torch.where(hidden, slots, seen)  # itself once more, hidden by the bias
+            ring = int((slots - seen).max()) + 1
+            places = seen % ring
+            if seen.shape[1] < ring:
+                bias = torch.zeros(seen.shape).masked_fill(hidden, -torch.inf)
+                return cls(ring, places.to(device), bias.to(device))
+            bias = torch.full((grid**2, ring), -torch.inf).scatter(1, places, 0.0)
+            return cls(ring, None, bias.to(device))
+
+
+@dataclass
+class Cache:
+    """Keys and values of one layer for p prompts × n pictures.
+
+    All pictures of a prompt attend in one product to its text and to the windows of all of them; a mask
+    leaves each its own window. `read` is that product's operand. The ring is a part of it where a slot
+    sees all of the ring, otherwise it lies beside it.
+    """
+
+    read: Float[Tensor, "two p h slots d"]
+    windows: Float[Tensor, "seen two p n h d"]  # the end of `read`
+    ring: Float[Tensor, "ring two p n h d"]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the keys and values; a view counts once."""
+        own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (self.read, self.ring)}
+        return sum(own.values())
+
+
+@dataclass
+class State:
+    """What drawing remembers of the slots before: a cache for every layer, a mask for every kind."""
+
+    caches: list[Cache]
+    masks: dict[Kind, Float[Tensor, "n slots"]]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all caches."""
+        return sum(cache.bytes for cache in self.caches)
+
+
+class Decoder:
+    """A prior ready to draw. Its parameters are read here: once they change, make another one.
+
+    Args:
+        rows: pictures that will be drawn side by side; the linear layers' form is chosen for it.
+        weights: see `stage2_prior.linear`.
+        precision: what the device computes in; decides `auto`.
+
+    Raises:
+        ConfigError: the device has no such weights.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self, model: Prior, rows: int = 1, weights: Weights = "auto", precision: str = "fp32"
+    ) -> None:
+        c = self.config = model.config
+        self.model, self.rows = model, rows
+        self.device = model.start_of_text.device
+        self.layers = [layer for layer in model.layers if isinstance(layer, Layer)]
+        linears = [
+            linear
+            for layer in self.layers
+            for linear in (layer.attention.qkv, layer.attention.out, layer.mlp.up, layer.mlp.down)
+        ]
+        self.weights = resolve(
+            weights, "bf16" if precision == "bf16" else "fp32", [*linears, model.image_head]
+        )
+        self.dtype = torch.bfloat16 if self.weights == "bf16" else torch.float32
+        kept = [fastest(linears[i::4], self.weights, rows) for i in range(4)]
+        self.fast: list[tuple[Fast, ...]] = list(zip(*kept, strict=True))
+        # Logits are fp32 whatever the rest runs in (paper, App. D).
+        head: dict[Weights, Weights] = {"bf16": "fp32", "int8": "fp16"}
+        (self.head,) = fastest([model.image_head], head.get(self.weights, self.weights), rows)
+        # The start of the image is one more code, so that the first slot is like the others.
+        self.codes = torch.cat([model.image_tokens.weight, model.start_of_image[None]])
+        self.places = (model.rows.weight[:, None] + model.columns.weight[None]).flatten(0, 1)
+        self.windows = {
+            kind: Window.of(kind, c.grid, c.kernel, self.device)
+            for kind in dict.fromkeys(layer.attention.kind for layer in self.layers)
+        }
+
+    @property
+    def start(self) -> int:
+        """The code that stands before the first one."""
+        return self.config.image_vocab
+
+    @torch.inference_mode()
+    def read(self, tokens: Int[Tensor, "p words"]) -> Text:
+        """Keys and values of p prompts in every layer."""
+        text: Text = []
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            x = self.model.embed_text(tokens)
+            for layer in self.layers:
+                qkv = layer.attention.qkv(layer.attention_norm(x)).to(self.dtype)
+                qkv = rearrange(qkv, "p t (three h d) -> three p h t d", three=3, h=self.config.heads)
+                text.append(qkv[1:].clone())  # without the queries' memory
+                if len(text) == len(self.layers):
+                    break  # the last layer's outputs are for the text head alone
+                y = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True)
+                x = x + layer.attention.out(rearrange(y, "p h t d -> p t (h d)"))
+                x = x + layer.mlp(layer.mlp_norm(x))
+        return text
+
+    @torch.inference_mode()
+    def state(self, text: Text, pictures: int) -> State:
+        """Room for so many pictures of each prompt, before their first slot."""
+        caches = []
+        for layer, kv in zip(self.layers, text, strict=True):
+            window = self.windows[layer.attention.kind]
+            seen = window.bias.shape[1]
+            _, p, h, t, d = kv.shape
+            read = kv.new_zeros(2, p, h, t + pictures * seen, d)
+            read[:, :, :, :t] = kv
+            windows = rearrange(read[:, :, :, t:], "two p h (n seen) d -> seen two p n h d", n=pictures)
+            apart = window.places is not None
+            ring = kv.new_zeros(window.ring, 2, p, pictures, h, d) if apart else windows
+            caches.append(Cache(read, windows, ring))
+        masks = {}
+        for kind, window in self.windows.items():
+            seen = window.bias.shape[1]
+            mask = torch.full((pictures, t + pictures * seen), -torch.inf, dtype=self.dtype)
+            mask[:, :t] = 0
+            masks[kind] = mask.to(self.device)
+        return State(caches, masks)
+
+    @torch.inference_mode()
+    def step(self, codes: Int[Tensor, " b"], state: State, slot: Int[Tensor, " 1"]) -> Float[Tensor, "b v"]:
+        """Logits of one image slot of all pictures, given the codes of the cell before it.
+
+        Args:
+            codes: `start` for the first slot.
+            state: of the slots before; this one joins it.
+        """
+        width = (self.config.width,)
+        with torch.autocast(self.device.type, enabled=False):
+            read = {kind: self._open(kind, state.masks[kind], slot) for kind in self.windows}
+            x = self.codes.index_select(0, codes) + self.places.index_select(0, slot)
+            for layer, fast, cache in zip(self.layers, self.fast, state.caches, strict=True):
+                qkv, out, up, down = fast
+                norm = layer.attention_norm
+                y = qkv(F.layer_norm(x, width, norm.weight, norm.bias))
+                kind = layer.attention.kind
+                x = x + out(self._attend(y, cache, state.masks[kind], *read[kind]))
+                norm = layer.mlp_norm
+                y = up(F.layer_norm(x, width, norm.weight, norm.bias))
+                x = x + down(torch.mul(y, 1.702).sigmoid_().mul_(y))
+            return self.head(F.layer_norm(x, width, self.model.norm.weight, self.model.norm.bias))
+
+    def _open(self, kind: Kind, mask: Tensor, slot: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Let the mask show what this slot sees; where the slot is written, and what is read of the ring."""
+        window, n = self.windows[kind], len(mask)
+        seen = window.bias.shape[1]
+        own = mask[:, self.config.text_length :].unflatten(1, (n, seen)).diagonal()  # seen × n
+        own.copy_(window.bias.index_select(0, slot).t())
+        places = None if window.places is None else window.places.index_select(0, slot)[0]
+        return slot % window.ring, places
+
+    def _attend(
+        self, qkv: Tensor, cache: Cache, mask: Tensor, place: Tensor, places: Tensor | None
+    ) -> Float[Tensor, "b w"]:
+        _, _, p, n, h, d = cache.ring.shape
+        qkv = qkv.view(p, n, 3, h, d).permute(2, 0, 1, 3, 4)
+        cache.ring.index_copy_(0, place, qkv[None, 1:])
+        if places is not None:
+            cache.windows.copy_(cache.ring.index_select(0, places))
+        q, k, v = qkv[0].transpose(1, 2), *cache.read
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return y.transpose(1, 2).reshape(p * n, h * d)

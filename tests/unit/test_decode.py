@@ -1,0 +1,235 @@
+"""The decoder: equal to the whole forward pass, with caches of what can be seen and no more."""
+
+import copy
+import math
+from contextlib import suppress
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle.builtin import FOLDER
+from dalle.errors import ConfigError
+from stage2_prior import linear
+from stage2_prior.decode import Decoder, Window
+from stage2_prior.masks import kinds
+from stage2_prior.model import Prior
+from stage2_prior.sample import Sampling, draw, noise
+from tests import oracles, tiny
+
+every_kind = pytest.mark.parametrize("kind", ["row", "column", "conv"])
+shapes = pytest.mark.parametrize(
+    "shape",
+    [
+        {"grid": 5, "depth": 7},  # all masks, two of them in several layers
+        {"grid": 7, "depth": 3, "kernel": 5, "text_length": 3},
+        {"grid": 6, "depth": 3, "kernel": 11},  # a window wider than the picture
+        {"grid": 1, "depth": 2},
+        {"grid": 3, "depth": 3, "kernel": 1},
+    ],
+)
+
+
+def whole(model: Prior, tokens: Tensor, codes: Tensor) -> Tensor:
+    """Logits of every image slot from one forward pass, without a cache."""
+    with torch.no_grad():
+        repeated = tokens.repeat_interleave(len(codes) // len(tokens), 0)
+        return model.logits(model.image_head, model(repeated, codes)[1])
+
+
+def rounded(model: Prior, how) -> Prior:
+    """The same model with what `how` makes of the matrices that drawing reads."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for module in (*model.layers.modules(), model.image_head):
+            if isinstance(module, nn.Linear):
+                module.weight.copy_(how(module.weight))
+    return model
+
+
+@shapes
+@pytest.mark.parametrize(("prompts", "pictures"), [(1, 1), (3, 1), (1, 4), (2, 3)])
+def test_every_slot_equals_the_forward_pass(shape, prompts, pictures):
+    model = tiny.prior(**shape)
+    tokens, codes = tiny.batch(model, prompts)[0], tiny.batch(model, prompts * pictures, seed=1)[1]
+    expected = whole(model, tokens, codes)
+    found = tiny.cached_logits(model, tokens, codes)
+    scale = expected.abs().max()
+    torch.testing.assert_close(found / scale, expected / scale, rtol=1e-5, atol=1e-5)
+
+
+@shapes
+def test_a_model_saved_in_16_bits_loses_nothing_by_fp16_weights(shape):
+    model = rounded(tiny.prior(**shape), lambda w: w.half().float())
+    tokens, codes = tiny.batch(model, 2)
+    expected, found = whole(model, tokens, codes), tiny.cached_logits(model, tokens, codes, "fp16")
+    scale = expected.abs().max()
+    torch.testing.assert_close(found / scale, expected / scale, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_rounded_inputs_stay_within_their_rounding(weights):
+    model = tiny.prior(grid=5, depth=7, width=48)
+    tokens, codes = tiny.batch(model, 2)
+    expected = whole(model, tokens, codes)
+    off = (tiny.cached_logits(model, tokens, codes, weights) - expected).std() / expected.std()
+    assert 1e-4 < off < 0.06  # bf16 has 8 bits: 2^-9 in each of some dozen products that grow together
+
+
+def test_bf16_equals_the_forward_pass_in_bf16():
+    model = tiny.prior(grid=5, depth=7, width=48)
+    tokens, codes = tiny.batch(model, 2)
+    exact, found = whole(model, tokens, codes), tiny.cached_logits(model, tokens, codes, "bf16")
+    with torch.autocast("cpu", torch.bfloat16):
+        same = whole(model, tokens, codes)
+    assert (found - exact).std() < 2 * (same - exact).std()
+
+
+@every_kind
+@pytest.mark.parametrize(("grid", "kernel"), [(1, 3), (4, 3), (5, 11), (7, 5)])
+def test_a_window_opens_exactly_what_the_mask_allows(kind, grid, kernel):
+    window = Window.of(kind, grid, kernel, torch.device("cpu"))
+    for slot in range(grid**2):
+        kept = {place: s for s in range(slot + 1) for place in [s % window.ring]}  # the last to be written
+        places = range(window.ring) if window.places is None else window.places[slot].tolist()
+        seen = [kept[p] for p, bias in zip(places, window.bias[slot], strict=True) if bias == 0]
+        assert len(seen) == len(set(seen))
+        assert set(seen) == oracles.keys_seen(kind, slot, 0, grid, kernel)
+
+
+@pytest.mark.parametrize(("grid", "kernel"), [(4, 3), (8, 5), (32, 11)])
+def test_a_ring_reaches_as_far_back_as_its_mask(grid, kernel):
+    half = kernel // 2
+    far = {"row": grid, "column": grid * (grid - 1), "conv": half * (grid + 1)}
+    for kind, back in far.items():
+        assert Window.of(kind, grid, kernel, torch.device("cpu")).ring == back + 1
+
+
+@pytest.mark.parametrize(("prompts", "pictures"), [(1, 1), (2, 3)])
+def test_the_caches_take_the_memory_that_the_masks_ask_for(prompts, pictures):
+    model = tiny.prior(grid=8, depth=7, kernel=5)
+    tokens, _ = tiny.batch(model, prompts)
+    decoder = Decoder(model, prompts * pictures, "fp32")
+    state = decoder.state(decoder.read(tokens), pictures)
+    kept = {"row": 9, "column": 57 + 8, "conv": 2 * 9 + 1 + 2 * 5 + 3}  # rings, and what is read of them
+    floats = sum(2 * 12 * (7 + pictures * kept[kind]) for kind in kinds(7))
+    assert state.bytes == 4 * prompts * floats
+
+
+def test_drawing_takes_the_same_memory_at_every_slot():
+    model = tiny.prior(grid=5)
+    tokens, codes = tiny.batch(model, 1)
+    decoder = Decoder(model, 1, "fp32")
+    state = decoder.state(decoder.read(tokens), 1)
+    sizes = set()
+    for slot in range(25):
+        decoder.step(codes[:, slot], state, torch.tensor([slot]))
+        sizes.add(state.bytes)
+    assert len(sizes) == 1
+
+
+def test_the_text_is_read_before_and_may_serve_several_drawings():
+    model = tiny.prior()
+    tokens, _ = tiny.batch(model, 1)
+    decoder = Decoder(model, 2, "fp32")
+    text, uniform = decoder.read(tokens), noise(0, range(2), 16)
+    first, again = (torch.stack(list(draw(decoder, text, uniform, Sampling())), 1) for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_a_decoder_for_many_pictures_draws_one():
+    model = tiny.prior()
+    tokens, _ = tiny.batch(model, 1)
+    decoder, uniform = Decoder(model, 16, "fp32"), noise(3, range(1), 16)
+    drawn = torch.stack(list(draw(decoder, decoder.read(tokens), uniform, Sampling())), 1)
+    assert torch.equal(drawn, tiny.drawn(model, tokens, uniform))
+
+
+def test_an_outer_autocast_does_not_reach_into_fp32():
+    model = tiny.prior()
+    tokens, codes = tiny.batch(model, 2)
+    plain = tiny.cached_logits(model, tokens, codes)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tiny.cached_logits(model, tokens, codes), plain)
+
+
+FORMS = {
+    "fp32": [linear._by_rows, linear._by_columns, linear._in_parts, linear._blocked],
+    "fp16": [linear._packed_fp16, linear._rounded(linear._by_rows)],
+    "int8": [linear._int8],
+    "bf16": [linear._by_rows_bf16, linear._blocked_bf16],
+}
+
+
+@pytest.mark.parametrize("weights", FORMS)
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_all_forms_of_the_same_weights_are_the_same_product(weights, rows):
+    random = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(48, 32, generator=random), torch.randn(48, generator=random)
+    x = torch.randn(rows, 32, generator=random)
+    exact = F.linear(x, weight, bias)
+    close = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 1e-2, "int8": 2e-2}[weights]
+    results = []
+    for form in FORMS[weights]:
+        with suppress(RuntimeError):  # oneDNN has bf16 blocks on some CPUs only
+            results.append(form(weight, bias, rows)(x).float())
+    assert len(results) >= len(FORMS[weights]) - (weights == "bf16")
+    for found in results:
+        assert found.shape == exact.shape
+        assert (found - exact).std() < close * exact.std()
+        torch.testing.assert_close(found, results[0], rtol=1e-2 if weights == "bf16" else 1e-5, atol=1e-5)
+
+
+def test_the_fastest_form_is_taken(monkeypatch):
+    def slow(weight: Tensor, bias: Tensor, rows: int) -> linear.Fast:
+        def product(x: Tensor) -> Tensor:
+            for _ in range(200):
+                F.linear(x, weight, bias)
+            return F.linear(x, weight, bias)
+
+        return product
+
+    def missing(weight: Tensor, bias: Tensor, rows: int) -> linear.Fast:
+        raise NotImplementedError
+
+    layers = [nn.Linear(64, 64) for _ in range(2)]
+    monkeypatch.setattr(linear, "_forms", lambda *_: [slow, missing, linear._by_columns])
+    assert [fast.__qualname__.split(".")[0] for fast in linear.fastest(layers, "fp32", 1)] == 2 * [
+        "_by_columns"
+    ]
+
+
+def test_auto_changes_no_weight():
+    model = tiny.prior()
+    assert Decoder(model).weights == "fp32"
+    exact = rounded(model, lambda w: w.half().float())
+    assert Decoder(exact).weights == "fp16"
+    assert Decoder(exact, precision="bf16").weights == "bf16"
+    with torch.no_grad():
+        exact.image_head.weight[3, 3] = 1 + 2**-20
+    assert Decoder(exact).weights == "fp32"
+
+
+def test_weights_that_a_device_has_no_form_for_are_refused():
+    elsewhere = nn.Linear(4, 4, device="meta")
+    for weights in ("fp16", "int8"):
+        with pytest.raises(ConfigError, match=f"weights={weights} is a form for CPUs"):
+            linear.resolve(weights, "fp32", [elsewhere])
+    assert linear.resolve("auto", "bf16", [elsewhere]) == "bf16"
+
+
+@pytest.mark.parametrize(("weights", "limit"), [("fp16", 1e-6), ("bf16", 1e-4), ("int8", 3e-4)])
+def test_rounding_hardly_moves_the_next_codes_distribution(weights, limit):
+    """KL divergence from fp32 in nats, on the built-in model; its weights are fp16, so noise comes first."""
+    prior = Prior.load(FOLDER / "prior")
+    prior = rounded(prior, lambda w: w * (1 + 2.0**-11 * (2 * torch.rand(w.shape) - 1)))
+    tokens = torch.randint(prior.config.text_vocab, (4, prior.config.text_length - 1))
+    tokens[:, 6:] = -1
+    codes = tiny.drawn(prior, tokens, noise(0, range(4), prior.config.cells))
+    exact, rough = (
+        torch.log_softmax(tiny.cached_logits(prior, tokens, codes, w).double(), -1) for w in ("fp32", weights)
+    )
+    kl = (exact.exp() * (exact - rough)).sum(-1).mean().item()
+    assert 1e-10 < kl < limit
+    assert math.isfinite(kl)
