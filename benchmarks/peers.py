@@ -175,8 +175,8 @@ def _step(model: Any, loss: Callable[[], Any], precision: str, fused: bool) -> C
     return step
 
 
-def run(folder: Path, names: list[str], rounds: int, out: Path | None) -> None:
-    """Alternate all candidates, `rounds` times each, and say how they compare."""
+def run(folder: Path, names: list[str], others: list[str], rounds: int, out: Path | None) -> None:
+    """Alternate us and all candidates named so, `rounds` times each, and say how they compare."""
     borrow(folder)
     import torch
 
@@ -206,6 +206,11 @@ def run(folder: Path, names: list[str], rounds: int, out: Path | None) -> None:
                 "Llama", shape, precision, fused=True
             ),
         }
+        candidates = {
+            candidate: step
+            for candidate, step in candidates.items()
+            if not others or candidate.startswith(("dalle, ", *others))
+        }
         times: dict[str, list[float]] = {candidate: [] for candidate in candidates}
         for turn in range(1 + rounds):  # the first one warms up
             for candidate, step in candidates.items():
@@ -221,7 +226,10 @@ def run(folder: Path, names: list[str], rounds: int, out: Path | None) -> None:
         print(f"products in {precision}: {ceiling / 1e9:.0f} GFLOP/s; dalle reaches {share:.0%}")
         for candidate, seconds in took.items():
             rate = batch * (text + grid**2) / seconds
-            print(f"{candidate:50} {rate:10,.0f} tokens/s   dalle is {seconds / best:5.2f} × as fast")
+            print(
+                f"{candidate:50} {rate:10,.0f} tokens/s   dalle is {seconds / best:5.2f} × as fast",
+                flush=True,
+            )
         results.append({
             "shape": name, "gemm_flops_per_second": ceiling, "share": share,
             "seconds": took, "samples": times,
@@ -237,10 +245,11 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("setup", "run"))
     parser.add_argument("folder", type=Path, help="the environment of the others")
     parser.add_argument("--shape", choices=tuple(SHAPES), action="append", help="by default both")
+    parser.add_argument("--beside", action="append", help="only those whose names begin so; by default all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="a JSON file for all samples")
     given = parser.parse_args()
     if given.what == "setup":
         setup(given.folder)
     else:
-        run(given.folder, given.shape or list(SHAPES), given.rounds, given.out)
+        run(given.folder, given.shape or list(SHAPES), given.beside or [], given.rounds, given.out)
