@@ -331,6 +331,27 @@ def info(
         typer.echo(describe_run(facts))
 
 
+@app.command()
+def bench(
+    json: Annotated[bool, typer.Option("--json", help="For machines, on standard output.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for a dated JSON file and the table.", show_default=False),
+    ] = None,
+) -> None:
+    """Measure training, drawing, the dVAE and data reading, beside what this machine reaches: 2 minutes."""
+    from dalle.bench import bench as measure
+    from dalle.bench import report
+
+    result = measure()
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(result, indent=2))
+    if (path := report(result, out, quiet=json)) is not None:
+        typer.echo(f"written to {path}", err=True)
+
+
 @app.command("audit-precision")
 def audit_precision(
     run: Annotated[Path, typer.Argument(help="Run folder of a trained model.")] = DEFAULT_RUN,

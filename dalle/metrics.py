@@ -58,10 +58,18 @@ def _short(value: float) -> float | None:
 
 
 class Window:
-    """Means and rates since the last line of the log."""
+    """Means and rates since the last line of the log.
 
-    def __init__(self, tokens_per_picture: int, clock: Stopwatch) -> None:
+    Args:
+        flops_per_picture: of the matrix products that training on a picture takes.
+        ceiling: FLOP/s of such products on this machine.
+    """
+
+    def __init__(
+        self, tokens_per_picture: int, clock: Stopwatch, flops_per_picture: int, ceiling: float
+    ) -> None:
         self.tokens_per_picture, self.clock = tokens_per_picture, clock
+        self.flops_per_picture, self.ceiling = flops_per_picture, ceiling
         self._restart()
 
     def _restart(self) -> None:
@@ -83,6 +91,9 @@ class Window:
         line["seconds"] = seconds
         line["pictures_per_second"] = self.pictures / seconds
         line["tokens_per_second"] = self.pictures * self.tokens_per_picture / seconds
+        flops = self.pictures * self.flops_per_picture / seconds
+        line["flops_per_second"] = flops
+        line["of_gemm_rate"] = flops / self.ceiling
         line["data_wait"] = self.waited / seconds
         self._restart()
         return line

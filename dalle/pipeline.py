@@ -252,7 +252,7 @@ def codes_of(run: Path) -> Codes:
         raise CheckpointError(
             f"{run} holds no trained dvae: run `dalle train-dvae --run {run}` first, or name another --run"
         )
-    dvae = DVAE.load(run / "dvae", best_device())
+    dvae = DVAE.load(run / "dvae", best_device()).for_speed()
     config = dvae.config
     return Codes(
         config.image_size, config.grid, config.vocab_size, dvae.encode, dvae.decode, dvae.codebook(),

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from dalle.ceiling import gemm_rate
 from dalle.chart import draw_scales
 from dalle.checkpoint import newest_state, save_state
 from dalle.config import setting
@@ -84,7 +85,7 @@ SETTLED = 10  # updates after which the time left is worth saying
 # What may differ between a run and its continuation without making it another run.
 CHANGEABLE = {
     "steps", "workers", "log_every", "eval_every", "eval_pictures", "save_every", "keep", "tensorboard",
-    "guidance", "top_p",
+    "attention", "guidance", "top_p",
 }  # fmt: skip
 
 
@@ -94,6 +95,7 @@ class Task(Protocol):
 
     label: str
     tokens_per_picture: int
+    flops_per_picture: int  # of the matrix products of a forward and a backward pass
 
     def loss(self, batch: tuple[Tensor, ...], step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimise for micro-batch `micro` of this step, and metrics to log with it."""
@@ -147,7 +149,8 @@ def fit(task: Task, engine: Engine, loader: Loader, config: Training, folder: Pa
             say(f"{task.label}: {folder} has its {step:,} steps already; a larger --steps trains on")
             return True
         log, clock = MetricsLog(folder, step, config.tensorboard), Stopwatch()
-        window = Window(task.tokens_per_picture, clock)
+        ceiling = gemm_rate(engine.device, engine.precision)
+        window = Window(task.tokens_per_picture, clock, task.flops_per_picture, ceiling)
         stream = closing(loader.batches(step * config.batch_size))
         with stream as batches, Bar(task.label, config.steps, step, clock) as bar:
             stopping = False
@@ -159,8 +162,12 @@ def fit(task: Task, engine: Engine, loader: Loader, config: Training, folder: Pa
                     say(f"{task.label}: about {duration(bar.left(step))} for the remaining steps")
                 if step % config.log_every == 0 or last:
                     log.write(step, {**window.close(), **engine.per_resblock()})
-                tokens = bar.rate(step) * config.batch_size * task.tokens_per_picture
-                bar.show(step, {"tokens/s": f"{tokens:,.0f}", "loss": f"{metrics['loss']:.4g}"})
+                pictures = bar.rate(step) * config.batch_size
+                rates = {
+                    "tokens/s": f"{pictures * task.tokens_per_picture:,.0f}",
+                    "of GEMM rate": f"{pictures * task.flops_per_picture / ceiling:.0%}",
+                }
+                bar.show(step, {**rates, "loss": f"{metrics['loss']:.4g}"})
                 with clock.paused():
                     if step % config.eval_every == 0 or last:
                         with engine.averaged():

@@ -111,6 +111,9 @@ class DVAETraining(Training):
     ema_decay: float = setting(0.999, "decay of the averaged weights", paper="0.999")
     ema_every: int = setting(1, "updates between two copies into the average", paper="every update")
     flip: bool = setting(True, "mirror half of the pictures", paper="yes (Listing 1)")
+    recompute: bool = setting(
+        False, "recompute activations in the backward pass: less memory", paper="not stated"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -195,6 +198,6 @@ PRESETS: dict[str, tuple[DVAEConfig, DVAETraining]] = {
     # Every number of the paper.
     "paper": (
         DVAEConfig(),
-        DVAETraining(workers=8, eval_every=10_000, save_every=10_000),
+        DVAETraining(recompute=True, workers=8, eval_every=10_000, save_every=10_000),
     ),
 }  # fmt: skip

@@ -70,7 +70,7 @@ def elbo(
     logits = model.logits(pixels).float().permute(0, 2, 3, 1)  # the codes last: softmax runs along memory
     log_q = torch.log_softmax(logits, dim=-1)
     relaxed = relax(log_q, tau, generator)
-    decoded = model.decoder(relaxed.permute(0, 3, 1, 2)).float()
+    decoded = model.decoded(relaxed.permute(0, 3, 1, 2)).float()
     nll = -log_likelihood(pixels, decoded, model.config.pixel_std).mean()
     mean_q = log_q.exp().mean((0, 1, 2))
     usage = (mean_q * (mean_q + 1e-12).log()).sum() + math.log(len(mean_q))

@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from dalle.checkpoint import load_model
+from dalle.threads import Threads, cores
 from stage1_dvae.config import DVAEConfig
 from stage1_dvae.likelihood import map_pixels, reconstruction
 
@@ -35,17 +38,27 @@ class Conv2d(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
         if not self.fp32:
-            return F.conv2d(x, self.w, self.b, padding=self.padding)
+            return self._convolve(x)
         with torch.autocast(x.device.type, enabled=False):
-            return F.conv2d(x.float(), self.w, self.b, padding=self.padding)
+            return self._convolve(x.float())
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        last = x.permute(0, 2, 3, 1)
+        if self.padding == 0 and x.device.type == "cpu" and last.is_contiguous() and not x.is_contiguous():
+            # With channels last a 1×1 convolution is a product of matrices, which CPUs are faster in.
+            return F.linear(last, self.w.flatten(1), self.b).permute(0, 3, 1, 2)
+        return F.conv2d(x, self.w, self.b, padding=self.padding)
 
 
 class ResBlock(nn.Module):
     """id(x) + gain · res(x), where res is four ReLU–convolution pairs at a quarter of the width.
 
     The encoder's blocks have kernels (3, 3, 3, 1), the decoder's (1, 3, 3, 3). The identity path has
-    no ReLU, only a 1×1 convolution where the width changes.
+    no ReLU, only a 1×1 convolution where the width changes. With `recompute` the backward pass computes
+    what lies within once more, and only the blocks' inputs are kept.
     """
+
+    recompute = False
 
     def __init__(self, c_in: int, c_out: int, kernels: tuple[int, int, int, int], gain: float) -> None:
         super().__init__()
@@ -57,6 +70,9 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
+        return checkpoint(self._sum, x, use_reentrant=False) if self.recompute else self._sum(x)
+
+    def _sum(self, x: Tensor) -> Tensor:
         y = x
         for conv in self.res_path.values():
             y = conv(F.relu(y))
@@ -151,6 +167,7 @@ class DVAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        self.threads = Threads(1)
 
     @classmethod
     def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> "DVAE":
@@ -161,6 +178,15 @@ class DVAE(nn.Module):
             ConfigError: its config.json describes another kind of model.
         """
         return load_model(Path(folder), cls, DVAEConfig, torch.device(device))
+
+    def for_speed(self) -> "DVAE":
+        """The same model, with channels last in memory and pictures shared out to the threads of a CPU.
+
+        Another order of sums: what it computes differs from the released form in the last bits.
+        """
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.threads = Threads(cores(self.codebook().device))
+        return self
 
     def logits(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b v grid grid"]:
         """Unnormalised log-probabilities of the codes, fp32.
@@ -174,7 +200,20 @@ class DVAE(nn.Module):
                 f"expected float32 pixels of shape (batch, 3, {size}, {size}), "
                 f"got {pixels.dtype} of shape {tuple(pixels.shape)}"
             )
-        return self.encoder(map_pixels(pixels))
+        return self._in_pieces(self.encoder, map_pixels(pixels))
+
+    def decoded(self, codes: Float[Tensor, "b v grid grid"]) -> Float[Tensor, "b 6 h w"]:
+        """The decoder's output for relaxed codes."""
+        return self._in_pieces(self.decoder, codes)
+
+    def recompute(self) -> None:
+        """Train with less memory and a third more time: no resblock keeps what it computes inside."""
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                module.recompute = True
+
+    def _in_pieces(self, part: nn.Module, x: Tensor) -> Tensor:
+        return self.threads.apply(part, x, parameters=list(part.parameters()))
 
     def codebook(self) -> Float[Tensor, "v c"]:
         """The decoder's vector for every code: rows of its first layer."""
@@ -198,4 +237,13 @@ class DVAE(nn.Module):
             raise ValueError(
                 f"expected codes from 0 to {vocab - 1}, got {int(codes.min())} to {int(codes.max())}"
             )
-        return reconstruction(self.decoder.look_up(codes))
+        return reconstruction(self.threads.apply(self.decoder.look_up, codes))
+
+
+@torch.no_grad()
+def matrix_flops(model: DVAE) -> int:
+    """Of the convolutions that encode one picture and decode its relaxed codes, as PyTorch counts them."""
+    size = model.config.image_size
+    with FlopCounterMode(display=False) as counter:
+        model.decoder(model.logits(torch.zeros(1, 3, size, size, device=model.codebook().device)))
+    return int(counter.get_total_flops())

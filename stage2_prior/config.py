@@ -7,6 +7,8 @@ from dalle.config import setting
 from dalle.errors import ConfigError
 from dalle.training import Training
 
+Backend = Literal["auto", "dense", "block", "flex"]
+
 OF_THE_DVAE = "it comes from the run's dVAE"
 OF_THE_TOKENIZER = "it comes from the run's tokenizer; --set bpe_vocab=… asks for another"
 
@@ -104,6 +106,9 @@ class PriorTraining(Training):
     )
     recompute: bool = setting(
         False, "recompute activations in the backward pass: less memory", paper="yes (App. D)"
+    )
+    attention: Backend = setting(  # noqa: RUF009 (a field, which ruff cannot see here)
+        "auto", "how attention is computed: dense, block, flex (CUDA), or the fastest of them here"
     )
 
     def __post_init__(self) -> None:

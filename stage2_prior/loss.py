@@ -1,23 +1,78 @@
 """The prior's cross-entropy: an eighth for the text, the rest for the picture."""
 
-import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor
+from typing import Any
 
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dalle.threads import Threads
 from stage2_prior.model import Prior
+
+AT_ONCE = {"cpu": 2**19, "cuda": 2**26}  # logits held at a time: what a core's cache holds; enough for a GPU
 
 
 def losses(
-    model: Prior, tokens: Int[Tensor, "b words"], codes: Int[Tensor, "b cells"]
+    model: Prior,
+    tokens: Int[Tensor, "b words"],
+    codes: Int[Tensor, "b cells"],
+    threads: Threads | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Text and image cross-entropy in nats per token, each a mean over the tokens of its kind.
 
     Slots without a text token are no targets; each kind has its own head, computed only where it is
     needed. Source: paper, §2.2.
+
+    Args:
+        threads: share out the batch; the losses are those of the whole of it.
     """
-    text, image = model(tokens, codes)
-    real = tokens >= 0
-    words = model.logits(model.text_head, text[:, :-1][real])
-    text_loss = F.cross_entropy(words, tokens[real], reduction="sum") / real.sum().clamp_min(1)
-    cells = model.logits(model.image_head, image)
-    return text_loss, F.cross_entropy(cells.flatten(0, 1), codes.flatten())
+
+    def sums(tokens: Tensor, codes: Tensor) -> Tensor:
+        text, image = model(tokens, codes)
+        real = tokens >= 0
+        return torch.stack([
+            cross_entropy(text[:, :-1][real], model.text_head, tokens[real]),
+            cross_entropy(image.flatten(0, 1), model.image_head, codes.flatten()),
+        ])[None]  # fmt: skip
+
+    threads = threads or Threads(1)
+    text, image = threads.apply(sums, tokens, codes, parameters=list(model.parameters())).sum(0)
+    return text / (tokens >= 0).sum().clamp_min(1), image / codes.numel()
+
+
+def cross_entropy(
+    states: Float[Tensor, "n w"], head: nn.Linear, targets: Int[Tensor, " n"]
+) -> Float[Tensor, ""]:
+    """Sum of −ln p(target) over the rows, in fp32 whatever the rest runs in (paper, App. D).
+
+    The logits, the largest tensors of a step, are made for some rows at a time and used up at once: the
+    gradient is computed with them, so neither they nor their softmax are ever held or computed again.
+    """
+    total: Tensor = _CrossEntropy.apply(states.float(), head.weight.float(), head.bias.float(), targets)
+    return total
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+        total, wanted = states.new_zeros(()), any(ctx.needs_input_grad)
+        grads = [torch.empty_like(states), torch.zeros_like(weight), torch.zeros_like(bias)]
+        rows = max(1, AT_ONCE[states.device.type] // len(weight))
+        with torch.autocast(states.device.type, enabled=False):
+            for at in range(0, len(states), rows):
+                x, target = states[at : at + rows], targets[at : at + rows, None]
+                logits = torch.addmm(bias, x, weight.t())
+                p = torch.softmax(logits, 1)
+                # ln Σ exp from the largest entry, whose probability cannot underflow
+                total += (logits.amax(1) - p.amax(1).log()).sum() - logits.gather(1, target).sum()
+                if wanted:
+                    grad = p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
+                    torch.mm(grad, weight, out=grads[0][at : at + rows])
+                    grads[1].addmm_(grad.t(), x)
+                    grads[2] += grad.sum(0)
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *(grad * g for g in ctx.saved_tensors), None

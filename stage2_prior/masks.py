@@ -42,7 +42,7 @@ def allowed(kind: Kind, text: int, grid: int, q: Tensor, k: Tensor, kernel: int 
             half = kernel // 2
             near = torch.zeros_like(back, dtype=torch.bool)
             for rows in range(half + 1):
-                near |= (back - rows * grid).abs() <= half
+                near = near | ((back - rows * grid).abs() <= half)
     return (back >= 0) & ((k < text) | near)
 
 

@@ -9,6 +9,7 @@ Source: paper, §2.2 and App. B.1.
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,29 @@ from torch.utils.checkpoint import checkpoint
 from dalle.boundary import LayerNorm, Linear, residual
 from dalle.checkpoint import load_model
 from stage2_prior.attention import Attention
-from stage2_prior.config import PriorConfig
-from stage2_prior.masks import Kind, kinds
+from stage2_prior.backends import BACKENDS
+from stage2_prior.config import Backend, PriorConfig
+from stage2_prior.masks import Kind, dense, kinds
 
 HEAD_SPREAD = 0.1  # of the logits at the start where the head does not begin at 0 (see `start_from`)
 SPREAD = 0.125  # variance of weights × fan-in, as in Sparse Transformers, which the paper follows
+
+
+class _Gelu(torch.autograd.Function):
+    """x·sigmoid(1.702x) in half the passes over memory, and with one tensor kept, that autograd would need.
+
+    It is silu(1.702x) / 1.702, whose derivative torch has in one pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (1.702 * x).sigmoid_().mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (grad,), (x,) = grads, ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad, 1.702 * x)
 
 
 class MLP(nn.Module):
@@ -35,8 +54,8 @@ class MLP(nn.Module):
         self.down = Linear(4 * width, width)
 
     def forward(self, x: Float[Tensor, "*b w"]) -> Float[Tensor, "*b w"]:
-        y = self.up(x)
-        return self.down(y * torch.sigmoid(1.702 * y))
+        y: Tensor = _Gelu.apply(self.up(x))
+        return self.down(y)
 
 
 class Layer(nn.Module):
@@ -138,6 +157,12 @@ class Prior(nn.Module):
         """
         return load_model(Path(folder), cls, PriorConfig, torch.device(device))
 
+    def attend_by(self, backend: Backend) -> None:
+        """Compute attention over whole sequences in another way; see `stage2_prior.backends`."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            layer.attention.attend = BACKENDS[backend](self.config, layer.attention.kind)
+
     def embed_text(self, tokens: Int[Tensor, "b words"]) -> Float[Tensor, "b text w"]:
         """The text slots; `tokens` has one column less than there are slots, −1 where there is no token."""
         words = torch.where(
@@ -176,3 +201,16 @@ class Prior(nn.Module):
         """`head` of these states, in fp32 whatever the rest runs in (paper, App. D)."""
         with torch.autocast(states.device.type, enabled=False):
             return F.linear(states.float(), head.weight.float(), head.bias.float())
+
+
+def matrix_flops(config: PriorConfig, words: int = 0) -> int:
+    """Of one picture's forward pass, two for a multiplication and an addition.
+
+    Counted is what the model asks for: attention over the slots that the masks allow, the image head at
+    image slots, the text head at `words` text tokens. What a form of attention computes besides is not.
+    """
+    c = config
+    pairs = sum(int(dense(kind, c.text_length, c.grid, c.kernel).sum()) for kind in kinds(c.depth))
+    layers = c.depth * 12 * c.width**2 * c.length
+    heads = c.width * (c.cells * c.image_vocab + words * c.text_vocab)
+    return 2 * (layers + 2 * c.width * pairs + heads)

@@ -24,21 +24,24 @@ from dalle.engine import Engine
 from dalle.errors import ConfigError
 from dalle.optim import AdamW, Average, parameter_count
 from dalle.pictures import contact_sheet, save_png, to_images, to_pixels
-from dalle.precision import best_device, choose
+from dalle.precision import Arithmetic, best_device, choose
 from dalle.runs import Options, Plan, plan
 from dalle.scaling import Scaling
 from dalle.schedules import Plateau, cosine, warmup
 from dalle.text import NO_TOKEN, Tokenizer
 from dalle.text import fit as fit_text
+from dalle.threads import Threads, cores
 from dalle.training import fit
+from stage2_prior import backends
 from stage2_prior.codes import Codes
-from stage2_prior.config import PRESETS, PriorTraining
+from stage2_prior.config import PRESETS, Backend, PriorTraining
 from stage2_prior.decode import Decoder
 from stage2_prior.loss import losses
-from stage2_prior.model import Prior
+from stage2_prior.model import Prior, matrix_flops
 from stage2_prior.sample import Sampling, draw, noise, read
 
 SHOWN = 8  # prompts drawn at every evaluation
+TRIED = 8  # pictures, at most, with which forms of attention are timed
 AT_ONCE = 32  # held-out pictures in one forward pass
 SCENE_PROMPTS = (
     "a red circle", "a small blue star", "a large green triangle", "three yellow squares",
@@ -86,6 +89,7 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
     tokenizer = _tokenizer(run, source)
     run = replace(run, model=replace(run.model, text_vocab=tokenizer.vocab_size))
     words = run.model.text_length - 1
+    run = replace(run, training=replace(config, attention=_attention(run, device, precision)))
     prepare = partial(
         _prepare, tokenizer=tokenizer, size=codes.image_size, words=words,
         dropout=config.bpe_dropout, left_out=config.caption_dropout,
@@ -105,6 +109,7 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
         model.start_from(codes.vectors, config.seed)
     model.to(device)
     model.recompute = config.recompute
+    model.attend_by(run.training.attention)
     optimizer = AdamW(
         model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
         variance_limit=config.variance_limit,
@@ -115,7 +120,8 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
     say(
         f"prior: {run.folder} · preset {run.preset} · {parameter_count(model):,} parameters · "
         f"{run.model.text_length} text + {run.model.cells} image tokens of {tokenizer.vocab_size:,} and "
-        f"{run.model.image_vocab:,} · {len(source):,} pictures of {run.data} · {device.type} {precision}"
+        f"{run.model.image_vocab:,} · {len(source):,} pictures of {run.data} · {device.type} {precision}, "
+        f"{run.training.attention} attention"
     )
     run.write(dvae=codes.fingerprint, tokenizer=tokenizer.fingerprint())
     prompts = list(SCENE_PROMPTS) if run.data == "scenes" else _captions(unseen, SHOWN)
@@ -124,6 +130,14 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
     if stage.cut:
         warn(f"{stage.cut:,} of {stage.seen:,} captions were cut to {words} tokens: raise text_length")
     return done
+
+
+def _attention(run: Plan, device: torch.device, precision: Arithmetic) -> Backend:
+    """The setting resolved. It is kept in config.json: a run that goes on has to give the same bits."""
+    config: PriorTraining = run.training
+    pictures = max(1, config.batch_size // config.micro_batches // cores(device))
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return backends.choose(config.attention, run.model, min(pictures, TRIED), dtype, device)
 
 
 def _tokenizer(run: Plan, source: Source) -> Tokenizer:
@@ -208,6 +222,8 @@ class Stage2:
         self.model, self.run, self.codes = model, run, codes
         self.config: PriorTraining = run.training
         self.tokens_per_picture = run.model.length
+        self.flops_per_picture = 3 * matrix_flops(run.model)  # the backward pass takes twice the forward's
+        self.threads = Threads(cores(model.start_of_text.device))
         self.plateau = Plateau(self.config.patience)
         self.cut = self.seen = 0  # captions cut to the text slots, and all captions, since the start
         self.heldout_tokens = heldout[1]
@@ -235,7 +251,7 @@ class Stage2:
         """Weighted cross-entropy of one micro-batch."""
         pixels, tokens, cut = batch
         self.cut, self.seen = self.cut + int(cut.sum()), self.seen + len(cut)
-        text, image = losses(self.model, tokens, self.encode(pixels))
+        text, image = losses(self.model, tokens, self.encode(pixels), self.threads)
         return self.weighted(text, image), self.metrics(text.detach(), image.detach())
 
     def weighted(self, text: Tensor, image: Tensor) -> Tensor:
@@ -260,7 +276,7 @@ class Stage2:
         for tokens, codes in zip(
             self.heldout_tokens.split(AT_ONCE), self.heldout_codes.split(AT_ONCE), strict=True
         ):
-            text, image = losses(self.model, tokens, codes)
+            text, image = losses(self.model, tokens, codes, self.threads)
             for name, value in {"loss": self.weighted(text, image), **self.metrics(text, image)}.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(codes) / len(self.heldout_codes)
         metrics = {f"heldout_{name}": value for name, value in sums.items()}

@@ -19,7 +19,7 @@ LAST = f"step-{STEPS:08d}"
 OFTEN = options(save_every=2, eval_every=10, log_every=1)
 # Measured by a clock, or over a window of recent updates that begins anew with the process.
 PASSING = (
-    "seconds", "pictures_per_second", "tokens_per_second", "data_wait",
+    "seconds", "pictures_per_second", "tokens_per_second", "flops_per_second", "of_gemm_rate", "data_wait",
     "codebook_usage", "codebook_perplexity",
 )  # fmt: skip
 COMMANDS = {"dvae": dvae, "prior": prior}

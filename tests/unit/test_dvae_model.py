@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from dalle.checkpoint import FORMAT, save_weights, write_json
 from dalle.config import to_json
 from dalle.errors import CheckpointError, DalleError
+from stage1_dvae import model as model_module
 from stage1_dvae.config import PRESETS, DVAEConfig
 from stage1_dvae.likelihood import map_pixels, reconstruction
-from stage1_dvae.model import DVAE, Conv2d, ResBlock
+from stage1_dvae.model import DVAE, Conv2d, ResBlock, matrix_flops
 
 CONFIG = DVAEConfig(image_size=20, vocab_size=11, hidden=8, codebook_width=5, groups=3, blocks_per_group=1)
 
@@ -212,3 +213,48 @@ def test_weights_and_configurations_that_do_not_fit_are_refused(tmp_path, model,
     write_json(tmp_path / "config.json", {"format": FORMAT, "model": changed})
     with pytest.raises(DalleError, match=message):
         DVAE.load(tmp_path)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_matrix_flops_are_two_for_every_weight_at_every_place(groups):
+    model, counted = dvae(groups=groups), 0
+
+    def count(conv, _, output):
+        nonlocal counted
+        counted += 2 * conv.w.numel() * output[0, 0].numel()
+
+    for module in model.modules():
+        if isinstance(module, Conv2d):
+            module.register_forward_hook(count)
+    model.decoder(model.logits(pixels(1)))
+    expected = counted
+    assert matrix_flops(model) == expected
+
+
+@pytest.mark.parametrize("way", ["fast", "recompute", "both"])
+def test_other_ways_to_compute_change_neither_values_nor_gradients(way, monkeypatch):
+    plain, other, x = dvae(), dvae(), pixels(3)
+    monkeypatch.setattr(model_module, "cores", lambda _: 2)
+    if way != "recompute":
+        other.for_speed()
+    if way != "fast":
+        other.recompute()
+
+    def passed(model):
+        decoded = model.decoded(torch.softmax(model.logits(x), 1))
+        return decoded, *torch.autograd.grad(decoded.square().sum(), [*model.parameters()])
+
+    torch.testing.assert_close(passed(other), passed(plain), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(other.decode(codes(3)), plain.decode(codes(3)))
+
+
+def test_recomputing_does_run_the_resblocks_twice():
+    model, runs = dvae(), []
+    for module in model.modules():
+        if isinstance(module, ResBlock):
+            module.res_path["conv_1"].register_forward_hook(lambda *_: runs.append(1))
+    model.logits(pixels()).sum().backward()
+    once = len(runs)
+    model.recompute()
+    model.logits(pixels()).sum().backward()
+    assert len(runs) == once + 2 * once

@@ -82,7 +82,7 @@ class Clock(Stopwatch):
 
 def test_a_window_gives_means_and_rates():
     clock = Clock()
-    window = Window(49, clock)
+    window = Window(49, clock, flops_per_picture=400, ceiling=8400.0)
     for loss in (1.0, 2.0, 6.0):
         window.add({"loss": loss, "lr": 0.5}, pictures=7)
     window.waited += 0.5
@@ -93,13 +93,15 @@ def test_a_window_gives_means_and_rates():
         "seconds": 2.0,
         "pictures_per_second": 10.5,
         "tokens_per_second": 10.5 * 49,
+        "flops_per_second": 4200.0,
+        "of_gemm_rate": 0.5,
         "data_wait": 0.25,
     }
 
 
 def test_the_next_window_starts_empty():
     clock = Clock()
-    window = Window(49, clock)
+    window = Window(49, clock, flops_per_picture=400, ceiling=8400.0)
     window.add({"loss": 100.0, "rare": 1.0}, pictures=700)
     window.waited += 3
     clock.seconds += 5
@@ -108,12 +110,13 @@ def test_the_next_window_starts_empty():
     clock.seconds += 1
     line = window.close()
     assert line == {
-        "loss": 4.0, "seconds": 1.0, "pictures_per_second": 3.0, "tokens_per_second": 147.0, "data_wait": 0.0,
+        "loss": 4.0, "seconds": 1.0, "pictures_per_second": 3.0, "tokens_per_second": 147.0,
+        "flops_per_second": 1200.0, "of_gemm_rate": 1 / 7, "data_wait": 0.0,
     }  # fmt: skip
 
 
 def test_a_window_survives_a_clock_that_stands_still():
-    window = Window(1, Clock())
+    window = Window(1, Clock(), flops_per_picture=1, ceiling=1.0)
     window.add({"loss": 1.0}, pictures=1)
     assert window.close()["loss"] == 1.0
 

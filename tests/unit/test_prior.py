@@ -11,7 +11,7 @@ from torch import Tensor
 from stage2_prior.attention import Attention
 from stage2_prior.config import PRESETS, PriorConfig
 from stage2_prior.loss import losses
-from stage2_prior.model import Prior
+from stage2_prior.model import MLP, Prior, matrix_flops
 from tests import oracles, tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # fp32 against float64, logits of about 10
@@ -263,3 +263,34 @@ def test_codes_that_decode_alike_begin_alike(channels):
         torch.testing.assert_close(found / found.mean(), expected / expected.mean(), rtol=0, atol=0.05)
     assert model.image_tokens.weight.std().item() == pytest.approx(math.sqrt(0.125 / 12), rel=0.05)
     assert model.image_head.weight.std().item() == pytest.approx(0.1 / math.sqrt(12), rel=0.05)
+
+
+def test_the_mlps_gradient_is_the_derivative_of_its_values():
+    mlp = MLP(6).double()
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    up = mlp.up(x)
+    torch.testing.assert_close(mlp(x), mlp.down(up * torch.sigmoid(1.702 * up)))
+    assert torch.autograd.gradcheck(mlp, x)
+
+
+@pytest.mark.parametrize("words", [0, 4])
+def test_matrix_flops_are_those_of_the_linear_layers_and_of_the_slots_that_are_seen(words):
+    model = tiny.prior(depth=6)
+    c, counted = model.config, 0
+
+    def count(linear, inputs, _):
+        nonlocal counted
+        counted += 2 * inputs[0][..., 0].numel() * linear.in_features * linear.out_features
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(count)
+    text, image = model(*tiny.batch(model, 1))
+    model.text_head(text[:, :words])
+    model.image_head(image)
+    seen = [
+        oracles.keys_seen(layer.attention.kind, slot, c.text_length, c.grid, c.kernel)
+        for layer in model.layers
+        for slot in range(c.length)
+    ]
+    assert matrix_flops(c, words) == counted + 2 * 2 * c.width * sum(map(len, seen))

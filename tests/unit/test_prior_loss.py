@@ -5,10 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dalle.runs import Plan
 from dalle.scenes.source import Scenes
 from dalle.text import fit
+from dalle.threads import Threads
+from stage2_prior import loss
 from stage2_prior.config import PRESETS, PriorTraining
 from stage2_prior.loss import losses
 from stage2_prior.train import Codes, Stage2, _prepare
@@ -64,6 +67,36 @@ def test_padding_is_no_target_but_is_seen():
     image.backward()
     empty = (tokens[1] < 0).tolist()
     assert [bool(row.any()) for row in model.padding.weight.grad] == [False, *empty]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("held", [1, 13, 2 * 13, 3 * 13 + 1, 1000])
+def test_cross_entropy_a_few_rows_at_a_time_is_torchs(rows, held, monkeypatch):
+    monkeypatch.setitem(loss.AT_ONCE, "cpu", held)
+    random = torch.Generator().manual_seed(rows)
+    head = torch.nn.Linear(5, 13)
+    tiny.randomise(head)
+    states = (9 * torch.randn(rows, 5, generator=random)).requires_grad_()  # some logits far apart
+    targets = torch.randint(13, (rows,), generator=random)
+    ours = loss.cross_entropy(states, head, targets)
+    torchs = F.cross_entropy(head(states), targets, reduction="sum")
+    torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-6)
+    inputs = (states, head.weight, head.bias)
+    expected = torch.autograd.grad(0.3 * torchs, inputs)
+    found = torch.autograd.grad(0.3 * ours, inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_on_threads_losses_and_gradients_are_those_of_the_whole_batch():
+    model = tiny.prior(grid=2)
+    tokens, codes = tiny.batch(model, 4)  # captions of 0, 2, 4 and 6 words: no two halves have as many
+    parameters = [*model.parameters()]
+
+    def passed(threads):
+        text, image = losses(model, tokens, codes, threads)
+        return text, image, *torch.autograd.grad(text / 8 + image, parameters)
+
+    torch.testing.assert_close(passed(Threads(2)), passed(None), rtol=1e-4, atol=1e-6)
 
 
 def stage(tmp_path, model, **settings) -> Stage2:

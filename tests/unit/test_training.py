@@ -21,7 +21,14 @@ from dalle.process import only_process
 from dalle.training import Training, fit, keyed
 
 STEPS, BATCH = 8, 4
-TIMES = {"seconds", "pictures_per_second", "tokens_per_second", "data_wait"}
+TIMES = {
+    "seconds",
+    "pictures_per_second",
+    "tokens_per_second",
+    "flops_per_second",
+    "of_gemm_rate",
+    "data_wait",
+}
 
 
 class Points:
@@ -50,7 +57,7 @@ def prepare(sample: Sample, rng: np.random.Generator):
 class Regression:
     """A linear regression whose loss has noise, and whose step size depends on the losses before."""
 
-    label, tokens_per_picture = "toy", 3
+    label, tokens_per_picture, flops_per_picture = "toy", 3, 24
 
     def __init__(self, folder: Path, config: Training, *, stop_at: int = 0, crash_at: int = 0):
         torch.manual_seed(config.seed)

@@ -1,0 +1,271 @@
+"""How fast this machine trains, draws, encodes and reads, beside what it reaches at best."""
+
+import datetime
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dalle.builtin import find_run
+from dalle.ceiling import gemm_rate
+from dalle.checkpoint import write_json
+from dalle.console import say
+from dalle.data.augment import stage2_crop
+from dalle.data.loader import Loader
+from dalle.data.open import open_source
+from dalle.engine import Engine
+from dalle.optim import AdamW, Average
+from dalle.pipeline import TextToImage
+from dalle.precision import Arithmetic, arithmetic, best_device, choose
+from dalle.process import keep_freed_memory
+from dalle.threads import Threads, cores
+from stage1_dvae.config import PRESETS as DVAE_PRESETS
+from stage1_dvae.config import DVAEConfig
+from stage1_dvae.loss import elbo
+from stage1_dvae.model import DVAE
+from stage1_dvae.model import matrix_flops as dvae_flops
+from stage2_prior import backends
+from stage2_prior.config import PriorConfig
+from stage2_prior.decode import Decoder
+from stage2_prior.loss import losses
+from stage2_prior.model import Prior
+from stage2_prior.model import matrix_flops as prior_flops
+from stage2_prior.sample import Sampling, draw, noise, read
+
+LEAST = 5  # runs of everything; the median counts
+
+
+# The shapes of the built-in model, and the paper's geometry at a size for CPUs.
+SMALL = PriorConfig(text_length=34, text_vocab=403, image_vocab=2048, grid=8, depth=4, width=128, heads=4)
+PAPER = PriorConfig(depth=8, width=512, heads=8)
+
+
+@dataclass(frozen=True)
+class Cases:
+    """What is measured."""
+
+    small: PriorConfig = SMALL
+    small_batch: int = 16
+    paper: PriorConfig = PAPER
+    paper_batch: int = 2
+    drawn: int = 64  # image tokens of the paper's 1,024, at the beginning
+    dvae: DVAEConfig = DVAE_PRESETS["tiny"][0]
+    dvae_batch: int = 16
+    copied: int = 64  # MiB, of the copy that measures memory
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number, with what stands beside it."""
+
+    what: str
+    value: float
+    unit: str
+    share: float | None = None  # of the ceiling
+    ceiling: str = ""
+
+
+def bench(cases: Cases | None = None) -> dict[str, Any]:
+    """Measure everything; some minutes at most. The result goes to JSON as it is."""
+    keep_freed_memory()
+    cases, device = cases or Cases(), best_device()
+    precision, began = choose("auto", device), time.monotonic()
+    rows = _ceilings(device, precision, cases)
+    for label, config, batch in (
+        ("8×8 cells", cases.small, cases.small_batch),
+        ("32×32 cells", cases.paper, cases.paper_batch),
+    ):
+        rows += _prior_step(label, config, batch, device, precision)
+    rows += _drawing(cases, device, precision, rate=next(row.value for row in rows if row.unit == "GB/s"))
+    rows += _dvae(cases, device, precision)
+    rows += _data(cases)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": _machine(device, precision),
+        "seconds": round(time.monotonic() - began, 1),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def report(result: dict[str, Any], folder: Path | None, *, quiet: bool = False) -> Path | None:
+    """Print the table unless `quiet`; in `folder`, write JSON and the table in files named after the date."""
+    table = Table("what", "value", "unit", "of the ceiling", "ceiling", title=_title(result["machine"]))
+    for row in result["rows"]:
+        share = "" if row["share"] is None else f"{row['share']:.0%}"
+        table.add_row(row["what"], f"{row['value']:,.4g}", row["unit"], share, row["ceiling"])
+    if not quiet:
+        Console().print(table)
+    if folder is None:
+        return None
+    path = folder / f"bench-{result['date'][:16].replace(':', '-')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    with path.with_suffix(".txt").open("w") as file:
+        Console(file=file, width=110).print(table)
+    return path
+
+
+def _title(machine: dict[str, Any]) -> str:
+    m = machine
+    return f"{m['device']} · {m['threads']} threads · torch {m['torch']} · {m['precision']}"
+
+
+def _machine(device: torch.device, precision: Arithmetic) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "device": name, "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__,
+        "python": platform.python_version(), "precision": precision,
+    }  # fmt: skip
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Median of `LEAST` runs, after one that warms up."""
+    times: list[float] = []
+    for _ in range(1 + LEAST):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times[1:])
+
+
+def _ceilings(device: torch.device, precision: Arithmetic, cases: Cases) -> list[Row]:
+    say("bench: what this machine reaches")
+    rates = {name: gemm_rate(device, name) for name in dict.fromkeys(("fp32", precision))}
+    numbers = torch.ones(cases.copied * 2**18, device=device)
+    target, vector = torch.empty_like(numbers), torch.ones(1024, device=device)
+    weights = numbers[: len(numbers) // 1024 * 1024].view(-1, 1024)
+    read = numbers.nbytes / seconds(lambda: weights @ vector)
+    copied = 2 * numbers.nbytes / seconds(lambda: target.copy_(numbers))
+    return [
+        Row("weights streamed by one vector", read / 1e9, "GB/s"),
+        Row("copy", copied / 1e9, "GB/s"),
+        *(Row(f"matrix products in {name}", rate / 1e9, "GFLOP/s") for name, rate in rates.items()),
+    ]
+
+
+def _engine(model: torch.nn.Module, precision: Arithmetic) -> Engine:
+    optimizer = AdamW(model, betas=(0.9, 0.96), weight_decay=0.045)
+    average = Average(model.parameters(), 0.99, 25)
+    return Engine(model, optimizer, average, clip=4.0, precision=precision)
+
+
+def _prior_step(
+    label: str, config: PriorConfig, batch: int, device: torch.device, precision: Arithmetic
+) -> list[Row]:
+    say(f"bench: training the prior, {label}")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    threads = Threads(cores(device))
+    chosen = backends.choose("auto", config, max(1, batch // threads.count), dtype, device)
+    model = Prior(config).to(device)
+    model.attend_by(chosen)
+    tokens, codes, words = _captions_and_codes(config, batch)
+    tokens, codes, engine = tokens.to(device), codes.to(device), _engine(model, precision)
+
+    def step() -> None:
+        with engine.arithmetic():
+            text, image = losses(model, tokens, codes, threads)
+        engine.backward(text / 8 + 7 * image / 8, 1)
+        engine.update(1e-4, 1)
+
+    took = seconds(step)
+    rate = batch * 3 * prior_flops(config, words) / took
+    what = f"training, prior, {label}, depth {config.depth}, width {config.width}, batch {batch} ({chosen})"
+    share = rate / gemm_rate(device, precision)
+    return [Row(what, batch * config.length / took, "tokens/s", share, f"products in {precision}")]
+
+
+def _captions_and_codes(config: PriorConfig, batch: int) -> tuple[Tensor, Tensor, int]:
+    """A third of the text slots hold words, as of short captions; and how many they are."""
+    words = config.text_length // 3
+    tokens = torch.randint(config.text_vocab, (batch, config.text_length - 1))
+    tokens[:, words:] = -1
+    return tokens, torch.randint(config.image_vocab, (batch, config.cells)), words
+
+
+def _drawing(cases: Cases, device: torch.device, precision: Arithmetic, rate: float) -> list[Row]:
+    say("bench: drawing")
+    rows = []
+    scenes = TextToImage.load(find_run(Path("scenes")), device)
+    for n in (1, 16):
+        took = seconds(lambda n=n: scenes("a red circle", n))  # type: ignore[misc]
+        what = f"drawing, built-in model, {n} at once, pictures and all"
+        rows.append(Row(what, n * scenes.prior.config.cells / took, "image tokens/s"))
+    model = Prior(cases.paper).to(device).eval()
+    tokens, _, _ = _captions_and_codes(cases.paper, 1)
+    uniform = noise(0, range(1), cases.paper.cells)
+    times: list[float] = []
+    decoder, how = Decoder(model, precision=precision), Sampling()
+    with torch.inference_mode(), arithmetic(precision, device):
+        text = read(decoder, tokens.to(device), how)
+        for _ in range(2):  # the first one warms up
+            stream, before = draw(decoder, text, uniform, how), time.perf_counter()
+            times.clear()
+            for _ in range(min(cases.drawn, cases.paper.cells)):
+                next(stream)
+                now = time.perf_counter()
+                times.append(now - before)
+                before = now
+    took = median(times[1:])
+    inside = sum(p.numel() for p in model.layers.parameters()) + model.image_head.weight.numel()
+    share = 4 * inside / (rate * 1e9) / took
+    what = f"drawing, 32×32 cells, width {cases.paper.width}, one picture ({decoder.weights})"
+    return [*rows, Row(what, 1 / took, "image tokens/s", share, "weights streamed in fp32")]
+
+
+def _dvae(cases: Cases, device: torch.device, precision: Arithmetic) -> list[Row]:
+    say("bench: the dVAE")
+    config, batch = cases.dvae, cases.dvae_batch
+    model = DVAE(config).to(device).for_speed()
+    engine = _engine(model, precision)
+    pixels = torch.rand(batch, 3, config.image_size, config.image_size, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def step() -> None:
+        with engine.arithmetic():
+            terms, _, _ = elbo(model, pixels, tau=1.0, generator=generator)
+        engine.backward(terms.loss(1.0, 0.1), 1)
+        engine.update(1e-4, 1)
+
+    took, ceiling = seconds(step), gemm_rate(device, precision)
+    share = batch * 3 * dvae_flops(model) / took / ceiling
+    name, against = f"{config.image_size} pixels, {config.vocab_size} codes", f"products in {precision}"
+    rows = [Row(f"training, dVAE, {name}, batch {batch}", batch / took, "pictures/s", share, against)]
+    with torch.inference_mode(), arithmetic(precision, device):
+        codes = model.encode(pixels)
+        rows.append(Row(f"encoding, {name}", batch / seconds(lambda: model.encode(pixels)), "pictures/s"))
+        rows.append(Row(f"decoding, {name}", batch / seconds(lambda: model.decode(codes)), "pictures/s"))
+    return rows
+
+
+def _data(cases: Cases) -> list[Row]:
+    say("bench: reading data")
+    size = cases.dvae.image_size
+    source = open_source("scenes", "train", size, 0.02)
+    loader = Loader(
+        source, lambda sample, rng: (torch.from_numpy(stage2_crop(sample.image, size, rng)),),
+        batch_size=64, seed=0, min_side=size,
+    )  # fmt: skip
+    batches = loader.batches()
+    took = seconds(lambda: next(batches))
+    batches.close()
+    return [Row(f"data, scenes of {size} pixels, one process", 64 / took, "pictures/s")]

@@ -1,0 +1,48 @@
+"""The rate of matrix products that this machine reaches: what the speed of training is measured against."""
+
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from dalle.precision import Arithmetic
+from dalle.threads import Threads, cores
+
+SIDES = {"cpu": 1024, "cuda": 8192}  # of square matrices; larger ones are no faster
+TRIES = 5
+
+
+@cache
+def gemm_rate(device: torch.device, precision: Arithmetic) -> float:
+    """FLOP/s of large square products in `precision`: the best of several.
+
+    On a CPU, of one product on all cores or of one on each, whichever is faster.
+    """
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    side, threads = SIDES[device.type], Threads(cores(device))
+    squares = [
+        (
+            torch.ones(side, side, dtype=dtype, device=device),
+            torch.ones(side, side, dtype=dtype, device=device),
+        )
+        for _ in range(threads.count)
+    ]
+
+    def multiply(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+        pair[0] @ pair[1]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    together = 2 * side**3 / _seconds(lambda: multiply(squares[0]))
+    one_each = 2 * side**3 * len(squares) / _seconds(lambda: threads.map(multiply, squares))
+    return max(together, one_each)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(1 + TRIES):  # the first one warms up; the best of the rest is the least disturbed
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

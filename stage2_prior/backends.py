@@ -1,0 +1,255 @@
+"""Attention over whole sequences, in several ways that give the same numbers: `masks.allowed` defines them.
+
+    dense   one product with a Boolean mask: the reference, which saves nothing where the mask is False
+    block   neighbouring queries together, against all text and the few image slots that these can see
+    flex    PyTorch's FlexAttention, which leaves out empty tiles of 128 × 128: for CUDA
+
+A layer holds one of them; layers of the same kind share what it needs of the mask.
+"""
+
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from dalle.errors import ConfigError
+from dalle.threads import cores
+from stage2_prior.config import Backend, PriorConfig
+from stage2_prior.masks import Kind, allowed, dense, kinds
+
+TOGETHER = 64  # queries of a block: fewer make products too small, more look at slots in vain
+TRIES = 5
+
+
+@runtime_checkable
+class Attend(Protocol):
+    """Queries, keys and values of all heads → what each slot gathers."""
+
+    def __call__(self, qkv: Float[Tensor, "b t three_w"], heads: int) -> Float[Tensor, "b t w"]:
+        """Attend within the first t slots; t is the whole sequence, or shorter at its end."""
+
+
+class Dense:
+    """The reference."""
+
+    def __init__(self, config: PriorConfig, kind: Kind) -> None:
+        self.config, self.kind = config, kind
+
+    def __call__(self, qkv: Float[Tensor, "b t three_w"], heads: int) -> Float[Tensor, "b t w"]:
+        q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=heads)
+        c, t = self.config, qkv.shape[1]
+        mask = _mask(self.kind, c.text_length, c.grid, c.kernel, qkv.device)[:t, :t]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return rearrange(y, "b h t d -> b t (h d)")
+
+
+@cache
+def _mask(kind: Kind, text: int, grid: int, kernel: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it outlives the evaluation that may ask first
+        return dense(kind, text, grid, kernel).to(device)
+
+
+class Block:
+    """The structured form: about `TOGETHER` queries at a time against the text and one window of image slots.
+
+    The row mask reaches back one row in raster order, the convolutional mask half its kernel. Column layers
+    take the picture column by column.
+    """
+
+    def __init__(self, config: PriorConfig, kind: Kind) -> None:
+        self.reference, self.config, self.kind = Dense(config, kind), config, kind
+
+    def __call__(self, qkv: Float[Tensor, "b t three_w"], heads: int) -> Float[Tensor, "b t w"]:
+        c = self.config
+        if qkv.shape[1] != c.length:
+            return self.reference(qkv, heads)
+        layout = _layout(self.kind, c.text_length, c.grid, c.kernel, qkv.device, qkv.dtype)
+        y: Tensor = _BlockAttention.apply(qkv, heads, layout)
+        return y
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Queries of consecutive slots, and what they see: the beginning of the text, and a window behind it."""
+
+    queries: slice
+    text: int
+    window: slice
+    bias: Tensor  # 0 where allowed, −∞ elsewhere; queries × (text, then window)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """An order of the slots in which every window is consecutive, and the tiles."""
+
+    text: int
+    grid: int
+    by_column: bool
+    tiles: tuple[_Tile, ...]
+
+    def sort(self, x: Float[Tensor, "*n t d"]) -> Float[Tensor, "*n t d"]:
+        """From raster order to the layout's, or back: they swap rows and columns, or nothing."""
+        if not self.by_column:
+            return x
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        y[..., : self.text, :] = x[..., : self.text, :]
+        image, square = slice(self.text, None), (self.grid, self.grid)
+        y[..., image, :].unflatten(-2, square).copy_(x[..., image, :].unflatten(-2, square).transpose(-2, -3))
+        return y
+
+
+def _seen(x: Float[Tensor, "n t d"], tile: _Tile) -> Float[Tensor, "n keys d"]:
+    """Of keys or values, those that the tile's queries see; no copy where text and window touch."""
+    if tile.window.start == tile.text:
+        return x[:, : tile.window.stop]
+    return torch.cat([x[:, : tile.text], x[:, tile.window]], 1)
+
+
+@cache
+def _layout(
+    kind: Kind, text: int, grid: int, kernel: int, device: torch.device, dtype: torch.dtype
+) -> _Layout:
+    cells, together = grid**2, max(1, TOGETHER // grid) * grid
+    by_column = kind == "column" and together < cells
+    image = torch.arange(cells).view(grid, grid)
+    slots = torch.cat([torch.arange(text), text + (image.t() if by_column else image).flatten()])
+    reach = {"row": grid, "column": 0, "conv": kernel // 2 * (grid + 1)}[kind]
+
+    def tile(start: int, stop: int, first: int) -> _Tile:
+        keys = torch.cat([slots[: min(text, stop)], slots[first:stop]])
+        see = allowed(kind, text, grid, slots[start:stop, None], keys[None], kernel)
+        bias = torch.zeros(see.shape).masked_fill(~see, -torch.inf)
+        return _Tile(slice(start, stop), min(text, stop), slice(first, stop), bias.to(device, dtype))
+
+    with torch.inference_mode(False):  # see `_mask`
+        words = [(at, min(text, at + TOGETHER)) for at in range(0, text, TOGETHER)]
+        patches = [(at, min(cells, at + together)) for at in range(0, cells, together)]
+        tiles = [tile(start, stop, stop) for start, stop in words]
+        tiles += [tile(text + a, text + b, text + max(0, a - reach)) for a, b in patches]
+    return _Layout(text, grid, by_column, tuple(tiles))
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Written out, because autograd would copy, fill and add several times as much as is needed."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: int, layout: _Layout) -> Tensor:
+        x = layout.sort(rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=heads))
+        x = x.flatten(1, 2).contiguous()
+        q, k, v = x
+        y, shares = torch.empty_like(q), []
+        with torch.autocast(qkv.device.type, enabled=False):
+            for tile in layout.tiles:
+                bias, keys = tile.bias.expand(len(q), -1, -1), _seen(k, tile)
+                scores = torch.baddbmm(bias, q[:, tile.queries], keys.mT, alpha=q.shape[-1] ** -0.5)
+                share = torch.softmax(scores, -1)
+                y[:, tile.queries] = torch.bmm(share, _seen(v, tile))
+                shares.append(share)
+        ctx.save_for_backward(x, *shares)
+        ctx.heads, ctx.layout = heads, layout
+        return rearrange(layout.sort(y.unflatten(0, (-1, heads))), "b h t d -> b t (h d)")
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        x, *shares = ctx.saved_tensors
+        heads, layout = ctx.heads, ctx.layout
+        dy = layout.sort(rearrange(dy, "b t (h d) -> b h t d", h=heads)).flatten(0, 1)
+        dx = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))  # sums of many tiles
+        (q, k, v), (dq, dk, dv) = x, dx
+        with torch.autocast(dy.device.type, enabled=False):
+            for tile, share in zip(layout.tiles, shares, strict=True):
+                dy_here = dy[:, tile.queries]
+                dshare = torch.bmm(dy_here, _seen(v, tile).mT)
+                dscores = torch.ops.aten._softmax_backward_data(dshare, share, -1, share.dtype)
+                dscores *= q.shape[-1] ** -0.5
+                dq[:, tile.queries] = torch.bmm(dscores, _seen(k, tile))
+                for total, left, right in ((dk, dscores, q[:, tile.queries]), (dv, share, dy_here)):
+                    part = torch.bmm(left.mT, right)
+                    total[:, : tile.text] += part[:, : tile.text]
+                    total[:, tile.window] += part[:, tile.text :]
+        dx = layout.sort(dx.to(x.dtype).unflatten(1, (-1, heads)))
+        return rearrange(dx, "three b h t d -> b t (three h d)"), None, None
+
+
+class Flex:
+    """PyTorch's FlexAttention: one kernel, compiled from the mask's definition, that skips empty tiles."""
+
+    def __init__(self, config: PriorConfig, kind: Kind) -> None:
+        self.reference, self.config, self.kind = Dense(config, kind), config, kind
+
+    def __call__(self, qkv: Float[Tensor, "b t three_w"], heads: int) -> Float[Tensor, "b t w"]:
+        c = self.config
+        if qkv.shape[1] != c.length:
+            return self.reference(qkv, heads)
+        q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=heads)
+        mask = _block_mask(self.kind, c.text_length, c.grid, c.kernel, qkv.device)
+        return rearrange(_compiled()(q, k, v, block_mask=mask), "b h t d -> b t (h d)")
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@cache
+def _block_mask(kind: Kind, text: int, grid: int, kernel: int, device: torch.device) -> Any:
+    length = text + grid**2
+    see = inspect.unwrap(allowed)  # without the checks of shapes that tests wrap it in: it is compiled
+    with torch.inference_mode(False):  # see `_mask`
+        return create_block_mask(
+            lambda batch, head, q, k: see(kind, text, grid, q, k, kernel),
+            None, None, length, length, device=str(device),
+        )  # fmt: skip
+
+
+BACKENDS: dict[str, Callable[[PriorConfig, Kind], Attend]] = {"dense": Dense, "block": Block, "flex": Flex}
+
+
+def choose(
+    wanted: Backend, config: PriorConfig, pictures: int, dtype: torch.dtype, device: torch.device
+) -> Backend:
+    """Resolve `auto`: the fastest here, measured by some passes over `pictures` sequences in each form.
+
+    Raises:
+        ConfigError: FlexAttention is asked for where it cannot train.
+    """
+    if wanted == "flex" and device.type != "cuda":
+        raise ConfigError("attention=flex trains on CUDA only; use attention=auto")
+    if wanted != "auto":
+        return wanted
+    usable: list[Backend] = ["dense", "block", "flex"] if device.type == "cuda" else ["dense", "block"]
+    qkv = torch.randn(pictures, config.length, 3 * config.width, dtype=dtype, device=device)
+    layers = {
+        name: [BACKENDS[name](config, kind) for kind in sorted(set(kinds(config.depth)))] for name in usable
+    }
+    threads = torch.get_num_threads()
+    if cores(device) > 1:
+        torch.set_num_threads(1)  # as in training, where each core has pictures of its own
+    try:
+        best = dict.fromkeys(usable, float("inf"))
+        for turn in range(1 + TRIES):  # the first one warms up
+            for name in usable:
+                took = _seconds(layers[name], config.heads, qkv)
+                best[name] = min(best[name], took) if turn else best[name]
+    finally:
+        torch.set_num_threads(threads)
+    return min(usable, key=best.__getitem__)
+
+
+def _seconds(layers: list[Attend], heads: int, qkv: Tensor) -> float:
+    """Of a forward and a backward pass through each of the layers."""
+    qkv = qkv.clone().requires_grad_()
+    start = time.perf_counter()
+    torch.stack([layer(qkv, heads) for layer in layers]).sum().backward()
+    if qkv.is_cuda:
+        torch.cuda.synchronize(qkv.device)
+    return time.perf_counter() - start

@@ -1,0 +1,47 @@
+"""What `dalle bench` measures and writes, on models that take no time."""
+
+import json
+
+import pytest
+
+from dalle import bench, ceiling
+from stage1_dvae.config import DVAEConfig
+from stage2_prior.config import PriorConfig
+from tests import tiny
+
+CASES = bench.Cases(
+    small=PriorConfig(**tiny.PRIOR_SHAPE), small_batch=3,
+    paper=PriorConfig(**tiny.PRIOR_SHAPE), paper_batch=1, drawn=4,
+    dvae=DVAEConfig(**tiny.DVAE_SHAPE), dvae_batch=2, copied=1,
+)  # fmt: skip
+
+
+@pytest.fixture
+def small_ceiling(monkeypatch):
+    monkeypatch.setitem(ceiling.SIDES, "cpu", 16)
+    monkeypatch.setattr(bench, "LEAST", 1)
+    ceiling.gemm_rate.cache_clear()
+    yield
+    ceiling.gemm_rate.cache_clear()
+
+
+def test_everything_is_measured_against_a_ceiling_of_the_same_run(tmp_path, small_ceiling):
+    result = bench.bench(CASES)
+    path = bench.report(result, tmp_path / "new")
+    assert json.loads(path.read_text()) == result
+    rows = {row["what"]: row for row in result["rows"]}
+    for part in ("matrix products", "copy", "training, prior, 8", "training, prior, 32", "training, dVAE",
+                 "drawing, built-in", "drawing, 32", "encoding", "decoding", "data"):  # fmt: skip
+        assert any(what.startswith(part) for what in rows), part
+    assert all(row["value"] > 0 for row in result["rows"])
+    for what, row in rows.items():
+        assert (row["share"] is not None) == what.startswith(("training", "drawing, 32")), what
+    table = path.with_suffix(".txt").read_text()
+    assert "tokens/s" in table
+
+
+def test_the_median_counts_and_the_first_run_does_not(monkeypatch):
+    clock = iter([0.0, 100.0, 100.0, 101.0, 101.0, 105.0, 105.0, 107.0])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(bench, "LEAST", 3)
+    assert bench.seconds(lambda: None) == 2
