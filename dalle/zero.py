@@ -73,6 +73,7 @@ def settings(stage: int, micro_batches: int, offload: str) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,  # it is asked for, and used for a report that we do not read
         "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": 0.0,  # it would clip at 1 by itself
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # that one is compiled when it is first used
