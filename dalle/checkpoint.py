@@ -356,7 +356,10 @@ class Saver:
 
     def _write(self, step: int, parts: dict[str, dict[str, Part]], values: dict[str, Any]) -> None:
         try:
-            write_state(self.folder, step, parts, values, self.keep, self.topology)
+            write_state(
+                self.folder / "state", step, parts, values, self.keep,
+                weights=self.folder / "weights.safetensors", topology=self.topology,
+            )  # fmt: skip
         except BaseException as error:
             self._error = error
 
@@ -371,9 +374,20 @@ def write_state(
     parts: Mapping[str, Mapping[str, Part]],
     values: Mapping[str, Any],
     keep: int,
+    *,
+    weights: Path | None = None,
     topology: Topology = ALONE,
 ) -> Path:
-    """Write the training state after update `step` and delete all but the newest `keep`; see `Saver`.
+    """Write the training state after update `step` and delete all but the newest `keep`.
+
+    Args:
+        folder: where states lie, one subfolder each.
+        step: updates made so far.
+        parts: {file: {name: what this process holds of the tensor}}.
+        values: JSON values that belong to them.
+        keep: how many states stay.
+        weights: where the averaged weights go besides, to draw with.
+        topology: the processes that hold the parts; the first one writes.
 
     States of later steps were refused when this run was resumed, or it would have gone on from there;
     they go too, and so does what a killed process left behind.
@@ -381,9 +395,8 @@ def write_state(
     Raises:
         CheckpointError: the disk is full or refuses; the states saved before are untouched.
     """
-    states = folder / "state"
-    target = states / f"step-{step:08d}"
-    partial = states / f"step-{step:08d}.partial"
+    target = folder / f"step-{step:08d}"
+    partial = folder / f"step-{step:08d}.partial"
     try:
         if topology.main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -401,10 +414,10 @@ def write_state(
                 hashes[path.name] = file.close()
         if not topology.main:
             return target
-        if "average" in parts:
+        if weights is not None:
             # The weights first: were the state there without them, a finished run would never write them.
-            with replacing(folder / "weights.safetensors") as weights:
-                shutil.copyfile(partial / "average.safetensors", weights)
+            with replacing(weights) as copy:
+                shutil.copyfile(partial / "average.safetensors", copy)
         described = {"step": step, **values}
         hashes[STATE] = _sha256_of(described)
         text = json.dumps({"format": FORMAT, "sha256": hashes, **described}, indent=2)
@@ -413,15 +426,15 @@ def write_state(
         _sync(partial)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
-        _sync(states)
+        _sync(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise unwritable(target, error) from error
-    later = [path for path in state_folders(states) if path > target]
-    stale = [path for path in state_folders(states) if path <= target][keep:]
+    later = [path for path in state_folders(folder) if path > target]
+    stale = [path for path in state_folders(folder) if path <= target][keep:]
     for old in [*later, *stale]:
         with suppress(OSError):  # under another name, so that one half deleted does not pass for a state
             os.replace(old, old.with_name(f"{old.name}.partial"))
-    for left in states.glob("step-*.partial"):
+    for left in folder.glob("step-*.partial"):
         shutil.rmtree(left, ignore_errors=True)
     return target

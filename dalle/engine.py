@@ -7,7 +7,7 @@ gradients. `dalle.zero` partitions it. The loop and the stages know only the pub
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ class Piece(NamedTuple):
     offset: int
 
 
+@runtime_checkable
 class Saved(Protocol):
     """A training state to load from; every process reads the same tensors in the same order."""
 

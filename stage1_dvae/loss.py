@@ -25,9 +25,8 @@ def relax(
 
     Each picture's noise comes from a generator of its own, so that it does not depend on the others.
     """
-    uniform = torch.empty(log_q.shape, device=log_q.device)
-    for row, generator in zip(uniform, generators, strict=True):
-        row.uniform_(generator=generator)
+    shape, device = log_q.shape[1:], log_q.device
+    uniform = torch.stack([torch.rand(shape, generator=each, device=device) for each in generators])
     gumbel = uniform.clamp_(min=2.0**-25).log_().neg_().log_().neg_()
     return torch.softmax(gumbel.add_(log_q) / tau, dim=-1)
 
