@@ -79,6 +79,13 @@ Zero = Annotated[
         show_default=False,
     ),
 ]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        help="Above 1: nearer to the caption and less varied; by default the model's own.",
+        show_default=False,
+    ),
+]
 ShowConfig = Annotated[
     bool, typer.Option("--show-config", help="Print every setting with the paper's value, and stop.")
 ]
@@ -105,6 +112,7 @@ def evaluate(
     temperature: Temperature = 1.0,
     top_k: TopK = None,
     top_p: TopP = None,
+    guidance: Guidance = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -118,9 +126,9 @@ def evaluate(
     from dalle.report import judge_and_report
     from stage2_prior.sample import Sampling
 
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = Sampling(temperature, top_k, top_p, guidance)
     command = f"dalle evaluate --run {run} --prompts {prompts} --seed {seed}"
-    for option, value in (("top-k", top_k), ("top-p", top_p)):
+    for option, value in (("top-k", top_k), ("top-p", top_p), ("guidance", guidance)):
         command += f" --{option} {value}" if value is not None else ""
     command += f" --temperature {temperature}" if temperature != 1 else ""
     found = find_run(run)
@@ -245,6 +253,7 @@ def sample(
     temperature: Temperature = 1.0,
     top_k: TopK = None,
     top_p: TopP = None,
+    guidance: Guidance = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -264,7 +273,7 @@ def sample(
     wanted = [p.strip().encode("utf-8", "replace").decode("utf-8") for p in wanted if p.strip()]
     if not wanted:
         raise DalleError('no prompt was given; say what to draw, such as: dalle sample "a red circle"')
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = Sampling(temperature, top_k, top_p, guidance)
     if run is None and not DEFAULT_RUN.exists():
         say(f"drawing with the built-in model, which knows {ABOUT}; dalle train-dvae begins one of your own")
         run = Path(NAME)
@@ -281,6 +290,7 @@ def sample(
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
+        "guidance": model.resolve(sampling).guidance,
     }
     paths = save_drawings(
         out or (Path("samples") if builtin else run / "samples"), pictures, captions, n, made
@@ -350,6 +360,29 @@ def info(
         typer.echo(encoder.dumps(facts, indent=2))
     else:
         typer.echo(describe_run(facts))
+
+
+@app.command("audit-precision")
+def audit_precision(
+    run: Annotated[Path, typer.Argument(help="Run folder of a trained model.")] = DEFAULT_RUN,
+    batches: Annotated[int, typer.Option(min=1, help="Batches to look at.")] = 4,
+    data: Data = None,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Which gradients of the prior fp16 would lose: under one scale, and under one for each resblock."""
+    from dalle.audit import describe
+    from dalle.builtin import find_run
+    from dalle.pipeline import codes_of
+    from stage2_prior.audit import audit
+
+    found = find_run(run)
+    facts = {"run": str(run), **audit(found / "prior", codes_of(found), batches, data)}
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(facts, indent=2))
+    else:
+        typer.echo(describe(facts))
 
 
 def _version(asked: bool) -> None:

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -188,18 +188,18 @@ class TensorFile:
     """A safetensors file that is written tensor by tensor, in the order that was announced.
 
     Args:
-        path: of the file.
+        file: open for writing.
         announced: {name: (dtype, shape)}.
     """
 
-    def __init__(self, path: Path, announced: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    def __init__(self, file: BinaryIO, announced: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         header, end = {}, 0
         for name, (dtype, shape) in announced.items():
             begin, end = end, end + math.prod(shape) * dtype.itemsize
             header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._file, self._hash = path.open("wb"), hashlib.sha256()
+        self._file, self._hash = file, hashlib.sha256()
         self._write(len(text).to_bytes(8, "little") + text)
 
     def _write(self, data: bytes | memoryview) -> None:
@@ -211,12 +211,25 @@ class TensorFile:
         flat = tensor.detach().cpu().contiguous().flatten()
         self._write(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
 
-    def close(self) -> str:
+    def finish(self) -> str:
         """Sync the file to the disk; its SHA-256."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
         return self._hash.hexdigest()
+
+
+def _write_tensors(path: Path, parts: Mapping[str, Part], topology: Topology) -> str:
+    """Bring parts together and write them, one tensor at a time; the hash of the file (process 0)."""
+    if not topology.main:
+        for part in parts.values():
+            topology.assemble(part)
+        return ""
+    announced = {name: (part.values.dtype, part.shape) for name, part in parts.items()}
+    with path.open("wb") as opened:
+        file = TensorFile(opened, announced)
+        for part in parts.values():
+            file.add(topology.assemble(part))
+        return file.finish()
 
 
 def state_folders(folder: Path) -> list[Path]:
@@ -404,14 +417,7 @@ def write_state(
         hashes = {}
         for name, group in parts.items():
             path = partial / f"{name}.safetensors"
-            announced = {key: (part.values.dtype, part.shape) for key, part in group.items()}
-            file = TensorFile(path, announced) if topology.main else None
-            for part in group.values():
-                whole = topology.assemble(part)
-                if file is not None:
-                    file.add(whole)
-            if file is not None:
-                hashes[path.name] = file.close()
+            hashes[path.name] = _write_tensors(path, group, topology)
         if not topology.main:
             return target
         if weights is not None:

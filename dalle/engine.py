@@ -158,7 +158,7 @@ class Engine:
     def _diagnosis(self, pieces: list[Piece]) -> str:
         bad = [piece.name for piece in pieces if not piece.grad.isfinite().all()]
         where = f"first in {bad[0]} ({len(bad)} parameters in all)" if bad else "in its norm alone"
-        if self.scaling is not None and self.scaling.overflowed:
+        if self.scaling is not None and not self.scaling.outside and self.scaling.overflowed:
             where += f", though smaller gradient scales were tried: {self.scaling.describe_overflow()}"
         precision = "" if self.precision == "fp32" else " or use --set precision=fp32"
         return (

@@ -79,7 +79,7 @@ class Scaling:
         self.outside = False  # whether any other parameter's was not
         device = next(model.parameters()).device
         self._applied = torch.empty(len(self.names), device=device)
-        self._apply()
+        self.apply()
         owner: dict[int, int] = {}
         for i, modules in enumerate(resblocks.values()):
             boundary = Boundary(self._applied[i], dtype)
@@ -88,6 +88,7 @@ class Scaling:
                 owner |= {id(p): i for p in module.parameters()}
         # Everything outside of the resblocks counts as one more, which has no scale.
         self._owner = {n: owner.get(id(p), len(self.names)) for n, p in model.named_parameters()}
+        self._places: dict[tuple[str, ...], Tensor] = {}
 
     def update(self, gradients: Iterable[tuple[str, Tensor]]) -> bool:
         """Look through the gradients of one update and adapt the scales; whether it must be dropped.
@@ -97,19 +98,26 @@ class Scaling:
                 before any clipping. All of it is looked at in one pass and, where several processes train,
                 agreed on in one exchange among them all; the answer is waited for once.
         """
-        names, pieces = zip(*gradients, strict=True)
-        owners = torch.tensor([self._owner[name] for name in names], device=self._applied.device)
-        norms = torch.stack(torch._foreach_norm(list(pieces)))  # one that is not finite shows in its norm
         flags = self._applied.new_zeros(len(self.names) + 1)
-        flags.index_add_(0, owners, (~norms.isfinite()).to(flags.dtype))
+        if held := list(gradients):
+            owners = self._owners(tuple(name for name, _ in held))
+            norms = torch.stack(torch._foreach_norm([piece for _, piece in held]))  # shows what is not finite
+            flags.index_add_(0, owners, (~norms.isfinite()).to(flags))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
         *within, outside = (count > 0 for count in flags.tolist())
         self.rule.adapt(within)
-        self._apply()
+        self.apply()
         self.overflowed = [name for name, bad in zip(self.names, within, strict=True) if bad]
         self.outside = outside
         return outside or any(within)
+
+    def _owners(self, names: tuple[str, ...]) -> Tensor:
+        """The places of these parameters' resblocks; kept on the device, for they seldom change."""
+        if names not in self._places:
+            places = [self._owner[name] for name in names]
+            self._places = {names: torch.tensor(places, device=self._applied.device)}
+        return self._places[names]
 
     @property
     def mendable(self) -> bool:
@@ -124,8 +132,9 @@ class Scaling:
         others = f" and {more} more" if more else ""
         return f"resblock {first}{others}, whose scale is 2^{math.log2(scales[first]):.1f}"
 
-    def _apply(self) -> None:
-        self._applied.copy_(torch.tensor(self.rule.scales) * self.micro_batches)
+    def apply(self) -> None:
+        """Let the boundaries have the rule's scales."""
+        self._applied.copy_(torch.tensor(self.rule.scales) * self.micro_batches, non_blocking=True)
 
     def metrics(self) -> dict[str, list[float]]:
         """For the log: of every resblock log₂ of its scale, and how often its gradient overflowed so far."""
@@ -147,4 +156,4 @@ class Scaling:
         self.rule.scales = saved["scales"].tolist()
         self.rule.rest = saved["rest"].tolist()
         self.rule.overflows = saved["overflows"].tolist()
-        self._apply()
+        self.apply()

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checka
 import torch
 from torch import Tensor
 
+from dalle.chart import draw_scales
 from dalle.checkpoint import Saver, SharedState, newest_state
 from dalle.config import setting
 from dalle.console import Bar, Stopwatch, duration, say, warn
@@ -106,7 +107,7 @@ SETTLED = 10  # updates after which the time left is worth saying
 # What may differ between a run and its continuation without making it another run.
 CHANGEABLE = {
     "steps", "workers", "log_every", "eval_every", "eval_pictures", "save_every", "keep", "tensorboard",
-    "micro_batch", "zero", "offload",
+    "micro_batch", "zero", "offload", "guidance",
 }  # fmt: skip
 
 Batch: TypeAlias = tuple[Tensor, ...]
@@ -220,6 +221,8 @@ def fit(session: Session) -> bool:
                             log.write(step, measured)
                     if step % config.save_every == 0 or last or stopping:
                         saver.save(step, engine.state(), {"task": task.state()})
+                        if log and engine.scaling is not None:
+                            draw_scales(folder)
         saver.wait()
         topology.barrier()  # process 0 has written
     _name_skipped(topology.gather(loader.skipped))

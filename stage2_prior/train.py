@@ -27,7 +27,7 @@ from dalle.pictures import contact_sheet, save_png, to_images, to_pixels
 from dalle.precision import best_device
 from dalle.runs import Options, Plan, plan
 from dalle.schedules import Plateau, cosine, warmup
-from dalle.text import Tokenizer
+from dalle.text import NO_TOKEN, Tokenizer
 from dalle.text import fit as fit_text
 from dalle.training import Batch, Session, fit
 from dalle.wiring import build, make_engine, make_loader, partitioned, place, precision_of, processes
@@ -97,10 +97,11 @@ def prepare(options: Options, codes: Codes, *, preset: str, data: str) -> Sessio
     run = replace(run, model=replace(run.model, text_vocab=tokenizer.vocab_size))
     words = run.model.text_length - 1
     prepared = partial(
-        _prepare, tokenizer=tokenizer, size=codes.image_size, words=words, dropout=config.bpe_dropout
-    )
+        _prepare, tokenizer=tokenizer, size=codes.image_size, words=words,
+        dropout=config.bpe_dropout, left_out=config.caption_dropout,
+    )  # fmt: skip
     loader = make_loader(source, prepared, config, codes.image_size)
-    centre = partial(_prepare_heldout, tokenizer=tokenizer, size=codes.image_size, words=words)
+    centre = partial(prepare_plainly, tokenizer=tokenizer, size=codes.image_size, words=words)
     heldout = Loader(unseen, centre, batch_size=1, seed=config.seed, min_side=codes.image_size).first(
         config.eval_pictures
     )
@@ -141,7 +142,7 @@ def _tokenizer(run: Plan, source: Source) -> Tokenizer:
         return Tokenizer.load(path)
     say(f"prior: learning up to {run.training.bpe_vocab:,} text tokens from the captions")
     captions = _some_captions(source, run.training.bpe_captions)
-    tokenizer = Tokenizer.train(captions, run.training.bpe_vocab)
+    tokenizer = Tokenizer.train(captions, run.training.bpe_vocab, run.training.bpe_spaces)
     tokenizer.save(path)
     return tokenizer
 
@@ -167,17 +168,26 @@ def _captions(source: Source, n: int) -> list[str]:
 
 
 def _prepare(
-    sample: Sample, rng: np.random.Generator, tokenizer: Tokenizer, size: int, words: int, dropout: float
+    sample: Sample,
+    rng: np.random.Generator,
+    tokenizer: Tokenizer,
+    size: int,
+    words: int,
+    dropout: float,
+    left_out: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     pixels = stage2_crop(sample.image, size, rng)
     caption = sample.captions[int(rng.integers(len(sample.captions)))]
     tokens, was_cut = fit_text(tokenizer.encode(caption, dropout=dropout, rng=rng), words)
+    if left_out and rng.random() < left_out:
+        tokens[:] = NO_TOKEN
     return torch.from_numpy(pixels), torch.from_numpy(tokens), torch.tensor(was_cut)
 
 
-def _prepare_heldout(
+def prepare_plainly(
     sample: Sample, _: np.random.Generator, tokenizer: Tokenizer, size: int, words: int
 ) -> tuple[Tensor, Tensor]:
+    """The middle of a sample's picture in 8 bits, and the tokens of its first caption."""
     tokens, _cut = fit_text(tokenizer.encode(sample.captions[0]), words)
     return torch.from_numpy(centre_crop(sample.image, size)), torch.from_numpy(tokens)
 
@@ -282,7 +292,8 @@ class Stage2:
         """One drawing of each fixed prompt, always with the same noise."""
         cells = self.run.model.cells
         uniform = noise(self.config.seed, range(len(self.prompts)), cells)
-        drawn = torch.stack(list(draw(self.model, self.prompt_tokens, uniform, Sampling())), 1)
+        how = Sampling(guidance=self.config.guidance)
+        drawn = torch.stack(list(draw(self.model, self.prompt_tokens, uniform, how)), 1)
         pixels = self.codes.decode(drawn.reshape(-1, self.codes.grid, self.codes.grid))
         return contact_sheet(to_images(pixels), self.prompts)
 
