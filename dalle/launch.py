@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +18,7 @@ LOST = 75  # exit status of a process that ended because another one of its run 
 GRACE = 3.0  # seconds in which the others may still say why they ended
 POLL = 0.05
 
+DALLE = (sys.executable, "-c", "from cli.main import main; main()")
 STORE, PARENT = "DALLE_STORE", "DALLE_PARENT"  # what `launch` tells its processes
 
 
@@ -26,8 +27,8 @@ def launched(environ: Mapping[str, str] = os.environ) -> bool:
     return "WORLD_SIZE" in environ or "SLURM_STEP_NUM_TASKS" in environ
 
 
-def launch(processes: int, arguments: list[str]) -> int:
-    """Run `dalle` with these arguments as so many processes; the exit status of the whole.
+def launch(processes: int, arguments: Sequence[str], program: Sequence[str] = DALLE) -> int:
+    """Run a program, `dalle` itself, with these arguments as so many processes; the exit status of the whole.
 
     Process 0 has the terminal. The others are heard only where one of them ends the run. A Ctrl-C or a
     SIGTERM is handed to process 0, which agrees with the others on when to stop; a second one ends all at
@@ -36,7 +37,7 @@ def launch(processes: int, arguments: list[str]) -> int:
     if not sys.platform.startswith("linux"):
         raise ConfigError(f"--processes {processes}: several processes need Linux; leave it out, or give 1")
     with tempfile.TemporaryDirectory(prefix="dalle-") as folder:
-        team = _Team(processes, arguments, Path(folder))
+        team = _Team(processes, [*program, *arguments], Path(folder))
         before = {s: signal.signal(s, team.forward) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             return team.watch()
@@ -47,7 +48,7 @@ def launch(processes: int, arguments: list[str]) -> int:
 
 
 class _Team:
-    def __init__(self, processes: int, arguments: list[str], folder: Path) -> None:
+    def __init__(self, processes: int, command: list[str], folder: Path) -> None:
         self.said = [folder / f"process-{rank}" for rank in range(processes)]
         self.signals = 0
         threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
@@ -60,7 +61,6 @@ class _Team:
             STORE: str(folder / "store"),
             PARENT: str(os.getpid()),
         }
-        command = [sys.executable, "-c", "from cli.main import main; main()", *arguments]
         self.members = []
         for rank, said in enumerate(self.said):
             with said.open("wb") as file:
