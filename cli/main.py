@@ -205,6 +205,39 @@ def train_prior(
         raise typer.Exit(1)
 
 
+@app.command("verify-resume")
+def verify_resume(
+    run: Annotated[Path, typer.Argument(help="Run folder.")] = DEFAULT_RUN,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Replay three updates of each stage, with and without a stop: is what was saved all that counts?"""
+    from dalle.checkpoint import state_folders
+    from dalle.errors import CheckpointError
+    from dalle.pipeline import codes_of
+    from dalle.runs import Options
+    from dalle.verify import verify_resume as verify
+    from stage1_dvae.train import prepare as prepare_dvae
+    from stage2_prior.train import prepare as prepare_prior
+
+    def prior() -> Any:
+        return prepare_prior(Options(run), codes_of(run), preset="tiny", data="scenes")  # it has its own
+
+    stages = {"dvae": lambda: prepare_dvae(Options(run)), "prior": prior}
+    saved = [stage for stage in stages if state_folders(run / stage / "state")]
+    if not saved:
+        raise CheckpointError(f"{run} has no training state: train it first")
+    found = {stage: verify(stages[stage]) for stage in saved}
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(found, indent=2))
+    else:
+        for stage, difference in found.items():
+            typer.echo(f"{stage}: {difference or 'identical'}")
+    if any(found.values()):
+        raise typer.Exit(1)
+
+
 def _become_several(processes: int | None, show_config: bool) -> None:
     """With --processes: run this command as so many processes, and end as they do."""
     from dalle.launch import launch, launched
