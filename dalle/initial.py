@@ -6,6 +6,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from dalle.distributed import topology
+
 
 def draw_seed() -> int:
     """A seed from torch's generator, which `torch.manual_seed` decides."""
@@ -25,6 +27,8 @@ def draw_weights(spreads: Iterable[tuple[Tensor, float]], seed: int) -> None:
         if parameter.is_meta:
             continue
         with whole([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
+            if not topology().main and hasattr(parameter, "ds_id"):
+                continue  # the first process draws for all
             if spread == 0:
                 parameter.zero_()
             else:
