@@ -16,6 +16,7 @@ from dalle.errors import ConfigError
 
 LOST = 75  # exit status of a process that ended because another one of its run did
 GRACE = 3.0  # seconds in which the others may still say why they ended
+STOPPING = 60.0  # and in which all may end together after a signal
 POLL = 0.05
 
 DALLE = (sys.executable, "-c", "from cli.main import main; main()")
@@ -92,17 +93,17 @@ class _Team:
     def watch(self) -> int:
         """Wait for all of them; when one fails, end the others and tell its reason."""
         deadline = float("inf")
-        while any(member.poll() is None for member in self.members):
-            failed = [m.returncode for m in self.members if m.returncode]
+        while None in (statuses := [member.poll() for member in self.members]):
+            failed = [status for status in statuses if status]
             if failed and deadline == float("inf"):
                 deadline = time.monotonic() + GRACE
             if time.monotonic() > deadline or any(status != LOST for status in failed):
                 break
             time.sleep(POLL)
-        if all(m.returncode == 0 for m in self.members):
+        if not any(statuses):
             return 0
         self._let_finish()
-        ended = {rank: m.returncode for rank, m in enumerate(self.members) if m.returncode}
+        ended = {rank: status for rank, m in enumerate(self.members) if (status := m.poll())}
         self.kill()
         if self.signals > 1:
             return 1
@@ -116,8 +117,8 @@ class _Team:
         return ended[rank] if ended[rank] in (1, 2) else 1
 
     def _let_finish(self) -> None:
-        """An error that all make, such as a wrong setting, is told once: by process 0."""
-        end = time.monotonic() + GRACE / 2
+        """An error that all make, such as a wrong setting, is told once: by process 0. So is a stop."""
+        end = time.monotonic() + (STOPPING if self.signals else GRACE / 2)
         while self.members[0].poll() is None and time.monotonic() < end:
             time.sleep(POLL)
 
