@@ -164,7 +164,7 @@ def test_killed_at_random_moments_nothing_is_lost_but_the_steps_since_the_last_s
         (["--processes", 2, "--data", "nowhere"], "nowhere"),
     ],
 )
-def test_what_cannot_be_is_told_once_in_one_line(straight, tmp_path, more, words):
+def test_what_cannot_be_is_told_once_in_one_line(tmp_path, more, words):
     command = Command(tmp_path, *dvae(tmp_path / "run", *OFTEN, *more))
     assert command.ends() == 2, command.said
     errors = [line for line in command.said.splitlines() if line.startswith("error:")]
