@@ -109,7 +109,7 @@ def ours(shape: tuple[int, ...], precision: str) -> Callable[[], None]:
 
     def step() -> None:
         with engine.arithmetic():
-            text_loss, image_loss = losses(model, tokens, picture, threads)
+            text_loss, image_loss = losses(model, tokens, picture, threads=threads)
         engine.backward(text_loss / 8 + 7 * image_loss / 8, 1)
         engine.update(1e-4, 1)
 

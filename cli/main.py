@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -58,6 +59,27 @@ TopP = Annotated[
     float | None,
     typer.Option(
         help="Draw only from the likeliest codes that reach probability P; by default the run's own.",
+        show_default=False,
+    ),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        min=1,
+        help="Processes on this machine, one for each GPU. Leave it out under torchrun, deepspeed or srun, "
+        "which start them themselves.",
+        show_default=False,
+    ),
+]
+Zero = Annotated[
+    int | None,
+    typer.Option(
+        "--zero",
+        min=0,
+        max=3,
+        help="What several processes partition (DeepSpeed ZeRO): 1 the optimizer's moments, 2 gradients too, "
+        "3 weights too; 0 nothing. By default 1, or what the run has.",
         show_default=False,
     ),
 ]
@@ -131,16 +153,23 @@ def train_dvae(
     preset: Preset = None,
     steps: Steps = None,
     settings: Settings = None,
+    processes: Processes = None,
+    zero: Zero = None,
     show_config: ShowConfig = False,
 ) -> None:
     """Stage 1: train the discrete VAE. The same command again goes on where it stopped."""
+    _become_several(processes, show_config)
+    from dalle.distributed import joined
     from dalle.runs import Options
     from stage1_dvae.train import resolve, train
 
-    options = Options(run, data, preset, steps, tuple(settings or ()))
+    options = Options(run, data, preset, steps, _with_zero(settings, zero))
     if show_config:
         resolve(options).show()
-    elif not train(options):
+        return
+    with joined(processes):
+        done = train(options)
+    if not done:
         raise typer.Exit(1)
 
 
@@ -151,10 +180,14 @@ def train_prior(
     preset: Preset = None,
     steps: Steps = None,
     settings: Settings = None,
+    processes: Processes = None,
+    zero: Zero = None,
     show_config: ShowConfig = False,
 ) -> None:
     """Stage 2: train the prior on the run's dVAE. The same command again goes on where it stopped."""
+    _become_several(processes, show_config)
     from dalle.checkpoint import read_json
+    from dalle.distributed import joined
     from dalle.pipeline import codes_of
     from dalle.runs import Options, machine_preset
     from stage2_prior.train import resolve, train
@@ -166,11 +199,59 @@ def train_prior(
         "preset": machine_preset() if imported else began["preset"],
         "data": "scenes" if imported else began["data"],
     }
-    options = Options(run, data, preset, steps, tuple(settings or ()))
+    options = Options(run, data, preset, steps, _with_zero(settings, zero))
     if show_config:
         resolve(options, codes, **suits).show()
-    elif not train(options, codes, **suits):
+        return
+    with joined(processes):
+        done = train(options, codes, **suits)
+    if not done:
         raise typer.Exit(1)
+
+
+@app.command("verify-resume")
+def verify_resume(
+    run: Annotated[Path, typer.Argument(help="Run folder.")] = DEFAULT_RUN,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Replay three updates of each stage, with and without a stop: is what was saved all that counts?"""
+    from dalle.checkpoint import state_folders
+    from dalle.errors import CheckpointError
+    from dalle.pipeline import codes_of
+    from dalle.runs import Options
+    from dalle.verify import verify_resume as verify
+    from stage1_dvae.train import prepare as prepare_dvae
+    from stage2_prior.train import prepare as prepare_prior
+
+    def prior() -> Any:
+        return prepare_prior(Options(run), codes_of(run), preset="tiny", data="scenes")  # it has its own
+
+    stages = {"dvae": lambda: prepare_dvae(Options(run)), "prior": prior}
+    saved = [stage for stage in stages if state_folders(run / stage / "state")]
+    if not saved:
+        raise CheckpointError(f"{run} has no training state: train it first")
+    found = {stage: verify(stages[stage]) for stage in saved}
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(found, indent=2))
+    else:
+        for stage, difference in found.items():
+            typer.echo(f"{stage}: {difference or 'identical'}")
+    if any(found.values()):
+        raise typer.Exit(1)
+
+
+def _become_several(processes: int | None, show_config: bool) -> None:
+    """With --processes: run this command as so many processes, and end as they do."""
+    from dalle.launch import launch, launched
+
+    if processes and processes > 1 and not launched() and not show_config:
+        raise typer.Exit(launch(processes, sys.argv[1:]))
+
+
+def _with_zero(settings: list[str] | None, zero: int | None) -> tuple[str, ...]:
+    return (*(settings or ()), *((f"zero={zero}",) if zero is not None else ()))
 
 
 @app.command()
@@ -400,17 +481,45 @@ def main() -> None:
     except DalleError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        sys.exit(1)
+        _end(1)
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             _fail(
                 "the device's memory is too small: use a smaller --set micro_batch=… or --set recompute=true"
             )
+        _end_of_one_among_several(error)
         raise
     finally:
         gc.freeze()  # or the interpreter looks through all of torch once more at its end: 0.4 s
 
 
+def _end_of_one_among_several(error: Exception) -> None:
+    """Where another process ended, this one cannot go on: it says so, and leaves the reason to that one."""
+    from dalle.launch import LOST, launched
+
+    if launched():
+        if any(word in str(error) for word in ("gloo", "NCCL", "Connection closed", "Connection reset")):
+            typer.echo("this process lost the others of its run, and ends", err=True)
+            _end(LOST)
+        traceback.print_exc()
+        _end(1)
+
+
 def _fail(message: str) -> Any:
     typer.echo(f"error: {' '.join(message.split())}", err=True)
-    sys.exit(2)
+    _end(2)
+
+
+def _end(status: int) -> None:
+    """Leave; one among several without waiting for the others, which notice."""
+    from dalle.launch import launched
+
+    if launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

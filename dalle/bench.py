@@ -183,7 +183,7 @@ def _prior_step(
 
     def step() -> None:
         with engine.arithmetic():
-            text, image = losses(model, tokens, codes, threads)
+            text, image = losses(model, tokens, codes, threads=threads)
         engine.backward(text / 8 + 7 * image / 8, 1)
         engine.update(1e-4, 1)
 
@@ -238,11 +238,11 @@ def _dvae(cases: Cases, device: torch.device, precision: Arithmetic) -> list[Row
     model = DVAE(config).to(device).for_speed()
     engine = _engine(model, precision)
     pixels = torch.rand(batch, 3, config.image_size, config.image_size, device=device)
-    generator = torch.Generator(device).manual_seed(0)
+    generators = [torch.Generator(device).manual_seed(i) for i in range(batch)]
 
     def step() -> None:
         with engine.arithmetic():
-            terms, _, _ = elbo(model, pixels, tau=1.0, generator=generator)
+            terms, _, _ = elbo(model, pixels, tau=1.0, generators=generators)
         engine.backward(terms.loss(1.0, 0.1), 1)
         engine.update(1e-4, 1)
 

@@ -5,6 +5,7 @@ import fcntl
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +13,8 @@ from types import FrameType
 
 from dalle.console import say
 from dalle.errors import CheckpointError
+
+SAME = 0.5  # seconds in which a second signal is the first one again
 
 
 def keep_freed_memory() -> None:
@@ -66,13 +69,20 @@ def only_process(folder: Path) -> Iterator[None]:
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM ask for a stop instead of making one; a second one stops at once.
 
+    One that follows at once is the same again: launchers hand on what the terminal sent to all.
+
     Yields a function that says whether a stop was asked for.
     """
     asked = threading.Event()
+    first = 0.0
 
     def ask(number: int, _: FrameType | None) -> None:
+        nonlocal first
         if asked.is_set():
+            if time.monotonic() < first + SAME:
+                return
             os._exit(1)  # the state saved last is whole, whatever was under way
+        first = time.monotonic()
         asked.set()
         with suppress(OSError, RuntimeError):  # the terminal may be gone, or in the midst of another line
             say(f"{signal.Signals(number).name}: finishing this step and saving; once more to stop at once")

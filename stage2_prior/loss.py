@@ -16,6 +16,7 @@ def losses(
     model: Prior,
     tokens: Int[Tensor, "b words"],
     codes: Int[Tensor, "b cells"],
+    words: float | None = None,
     threads: Threads | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Text and image cross-entropy in nats per token, each a mean over the tokens of its kind.
@@ -24,6 +25,9 @@ def losses(
     needed. Source: paper, §2.2.
 
     Args:
+        words: what the sum over the text tokens is divided by; their own number unless it is given. Where a
+            batch is taken in parts, with the mean number of a part the mean of the parts' losses is the
+            batch's, whatever the parts.
         threads: share out the batch; the losses are those of the whole of it.
     """
 
@@ -37,7 +41,8 @@ def losses(
 
     threads = threads or Threads(1)
     text, image = threads.apply(sums, tokens, codes, parameters=list(model.parameters())).sum(0)
-    return text / (tokens >= 0).sum().clamp_min(1), image / codes.numel()
+    shared = int((tokens >= 0).sum()) if words is None else words
+    return text / max(1, shared), image / codes.numel()
 
 
 def cross_entropy(

@@ -132,7 +132,9 @@ def test_the_loss_of_a_batch_is_that_of_the_dvaes_codes_in_raster_order(tmp_path
     pixels = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
     # Bytes that the stand-in dVAE encodes as these codes.
     pixels[:, 0, :4, :4] = (codes.reshape(3, 4, 4) / 12 * 255).round().byte()
-    loss, metrics = task.loss((pixels, tokens, torch.tensor([True, False, False])), step=0, micro=0)
+    batch = (pixels, tokens, torch.tensor([True, False, False]))
+    task.begin([batch], lambda function, *arguments: function(*arguments))
+    loss, metrics = task.loss(batch, step=0, positions=range(3))
     text, image = losses(model, tokens, codes)
     assert loss.item() == pytest.approx(text.item() / 8 + 7 * image.item() / 8, rel=1e-6)
     assert metrics["text_loss"].item() == pytest.approx(text.item())

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from dalle.errors import CheckpointError
-from dalle.process import only_process, stop_signals
+from dalle.process import SAME, only_process, stop_signals
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -140,6 +141,9 @@ def test_the_second_signal_stops_at_once():
         process.send_signal(signal.SIGINT)
         while "once more" not in process.stderr.readline():
             pass
+        process.send_signal(signal.SIGINT)  # the same again, as launchers hand it on
+        time.sleep(SAME)
+        assert process.poll() is None
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=20)
     assert out == ""

@@ -1,0 +1,136 @@
+"""Several processes of one command: they end together, and the reason is told once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dalle.distributed import place
+from dalle.errors import ConfigError
+from dalle.launch import LOST, launched
+
+LAUNCH = """
+import sys
+from dalle.launch import launch
+sys.exit(launch(3, ["-c", sys.argv[1]], program=[sys.executable]))
+"""
+WAIT = "import os, sys, time\nrank = int(os.environ['RANK'])\n"
+
+
+def start(program: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, WAIT + program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def result(program: str) -> tuple[int, str, str]:
+    with start(program) as process:
+        out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def test_only_the_first_process_is_heard_when_all_goes_well():
+    program = "print(f'out {rank} of {os.environ[\"WORLD_SIZE\"]}'); print('err', rank, file=sys.stderr)"
+    assert result(program) == (0, "out 0 of 3\n", "err 0\n")
+
+
+def test_a_killed_process_ends_the_others_and_is_named():
+    began = time.monotonic()
+    code, _, err = result("os.kill(os.getpid(), 9) if rank == 2 else time.sleep(100)")
+    assert code == 1
+    assert err.startswith("error: process 2 of 3 was killed (SIGKILL), which ends the run")
+    assert time.monotonic() - began < 50
+
+
+@pytest.mark.parametrize("status", [1, 2])
+def test_the_reason_of_a_process_that_fails_is_told(status):
+    code, _, err = result(
+        f"if rank == 1: print('error: bad', file=sys.stderr); sys.exit({status})\ntime.sleep(100)"
+    )
+    assert (code, err) == (status, "error: process 1 of 3: bad\n")
+
+
+def test_an_error_of_all_is_told_by_the_first_alone():
+    code, _, err = result("print('error: bad', file=sys.stderr); sys.exit(2)")
+    assert (code, err) == (2, "error: bad\n")
+
+
+def test_who_only_lost_the_others_is_not_the_reason():
+    program = (
+        f"if rank < 2: sys.exit({LOST})\ntime.sleep(1); print('error: bad', file=sys.stderr); sys.exit(2)"
+    )
+    code, _, err = result(program)
+    assert (code, err) == (2, "error: process 2 of 3: bad\n")
+
+
+STOPPABLE = """
+import signal
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+print("ready", flush=True)
+while not asked:
+    time.sleep(0.01)
+print("saved", flush=True)
+sys.exit(1)
+"""
+STUBBORN = """
+import signal
+signal.signal(signal.SIGINT, lambda *_: 0)
+print(os.getpid(), flush=True)
+while True:
+    time.sleep(1)
+"""
+
+
+def test_a_signal_goes_to_the_first_process_alone_which_ends_in_peace():
+    program = STOPPABLE.replace(
+        "time.sleep(0.5)\nsys.exit(1)", "while not asked: time.sleep(0.01)\nprint('no')"
+    )
+    with start(program) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "saved\n"
+        assert process.wait(60) == 1
+        assert process.stderr.read() == ""
+
+
+def test_a_second_signal_ends_all_at_once():
+    with start(STUBBORN) as process:
+        pid = int(process.stdout.readline())
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+DEEPSPEED = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+SLURM = {
+    "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x4)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("environ", [TORCHRUN, DEEPSPEED, SLURM])
+def test_every_launcher_tells_the_place(environ):
+    assert launched(environ)
+    assert place(environ) == (3, 8, 1, 2)
+
+
+def test_alone_nothing_is_launched():
+    assert not launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})  # a batch script outside of srun
+
+
+@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK"])
+def test_a_place_that_is_not_told_is_asked_for(missing):
+    with pytest.raises(ConfigError, match=f"none of {missing}, SLURM"):
+        place({name: value for name, value in TORCHRUN.items() if name != missing})
