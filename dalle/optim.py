@@ -66,7 +66,9 @@ class AdamW(torch.optim.AdamW):
                     # The fused kernel walks through memory: the moments must lie as the parameter does,
                     # channels_last too, though files hold them contiguous. It wants the count beside it.
                     self.state[p] = {
-                        k: v.to(p.device).clone() if v.ndim == 0 else torch.empty_like(p.detach()).copy_(v)
+                        k: v.to(p.device).clone()
+                        if v.ndim == 0
+                        else torch.empty_like(p.detach(), dtype=v.dtype).copy_(v)
                         for k, v in found.items()
                     }
 

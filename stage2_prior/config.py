@@ -88,6 +88,11 @@ class PriorTraining(Training):
         "image tokens at the start: random, or alike where the dVAE's codebook is",
         paper="not stated",
     )
+    moments: Literal["fp32", "16bit"] = setting(
+        "fp32",
+        "AdamW's moments of the resblocks' matrices: fp32, or 1-6-9 and 0-6-10 in half the memory",
+        paper="16 bit (App. D)",
+    )
     recompute: bool = setting(
         False, "recompute activations in the backward pass: less memory", paper="yes (App. D)"
     )

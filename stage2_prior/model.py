@@ -108,6 +108,13 @@ class Prior(nn.Module):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
+    def matrices(self) -> list[str]:
+        """Names of the resblocks' matrices: all weights but gains, biases, embeddings and heads.
+
+        These are what the paper stores in 16 bits and compresses between machines (App. D and E).
+        """
+        return [f"layers.{name}" for name, p in self.layers.named_parameters() if p.ndim > 1]
+
     @torch.no_grad()
     def start_from(self, vectors: Float[Tensor, "v c"], seed: int) -> None:
         """Begin with embeddings, and rows of the image head, that are alike for codes whose vectors are.

@@ -23,6 +23,7 @@ from dalle.data.source import BadSample, Sample, Source
 from dalle.engine import Engine
 from dalle.errors import ConfigError
 from dalle.optim import AdamW, Average, parameter_count
+from dalle.packed import PackedAdamW
 from dalle.pictures import contact_sheet, save_png, to_images, to_pixels
 from dalle.precision import best_device, choose
 from dalle.runs import Options, Plan, plan
@@ -102,7 +103,8 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
         model.start_from(codes.vectors, config.seed)
     model.to(device)
     model.recompute = config.recompute
-    optimizer = AdamW(
+    adamw = AdamW if config.moments == "fp32" else partial(PackedAdamW, matrices=model.matrices())
+    optimizer = adamw(
         model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
         variance_limit=config.variance_limit,
     )  # fmt: skip
