@@ -6,16 +6,17 @@ The loop and the stages know only the methods used here. A distributed engine ha
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from dalle.errors import DalleError
 from dalle.optim import AdamW, Average
-from dalle.precision import arithmetic
+from dalle.precision import Arithmetic, arithmetic
+from dalle.scaling import REST, Scaling
 
 PATIENCE = 20  # updates in a row that may be dropped for a non-finite gradient before the run stops
+PATIENCE_WITH_SCALES = 4 * REST  # the same while the gradient scales can still shrink: to a quarter by then
 
 
 class Engine:
@@ -28,10 +29,11 @@ class Engine:
         average: Average,
         *,
         clip: float | None,
-        precision: Literal["fp32", "bf16"],
+        precision: Arithmetic,
+        scaling: Scaling | None = None,
     ) -> None:
         self.model, self.optimizer, self.average = model, optimizer, average
-        self.clip, self.precision = clip, precision
+        self.clip, self.precision, self.scaling = clip, precision, scaling
         self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.dropped = 0  # updates dropped in a row
@@ -44,6 +46,10 @@ class Engine:
         """Add the gradient of one of `micro_batches` micro-batches; their losses are averaged."""
         (loss / micro_batches).backward()
 
+    def pieces(self) -> list[tuple[str, Tensor]]:
+        """Names of parameters with what this process holds of their gathered gradients."""
+        return [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
+
     def update(self, lr: float, step: int) -> dict[str, float]:
         """Apply the gathered gradient as update number `step` (counted from 1).
 
@@ -51,13 +57,15 @@ class Engine:
         weights and moments stay as they are.
 
         Raises:
-            DalleError: the gradient was non-finite `PATIENCE` times in a row.
+            DalleError: the gradient was non-finite `PATIENCE` times in a row, or `PATIENCE_WITH_SCALES` times
+                while smaller gradient scales might have mended it.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        overflowed = self.scaling is not None and self.scaling.update(self.pieces())
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         grad_norm = norm.item()
-        if math.isfinite(grad_norm):
+        if math.isfinite(grad_norm) and not overflowed:
             self.dropped = 0
             if self.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
@@ -65,7 +73,8 @@ class Engine:
             self.optimizer.step()
         else:
             self.dropped += 1
-            if self.dropped >= PATIENCE:
+            mendable = self.scaling is not None and overflowed and self.scaling.mendable
+            if self.dropped >= (PATIENCE_WITH_SCALES if mendable else PATIENCE):
                 raise DalleError(self._diagnosis())
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update(self.parameters, step)
@@ -78,11 +87,17 @@ class Engine:
             if p.grad is not None and not p.grad.isfinite().all()
         ]
         where = f"first in {bad[0]} ({len(bad)} parameters in all)" if bad else "in its norm alone"
+        if self.scaling is not None and self.scaling.overflowed:
+            where += f", though smaller gradient scales were tried: {self.scaling.describe_overflow()}"
         precision = "" if self.precision == "fp32" else " or use --set precision=fp32"
         return (
             f"the gradient was not finite in {self.dropped} updates in a row, {where}: "
             f"lower the step size (--set lr=…){precision}"
         )
+
+    def per_resblock(self) -> dict[str, list[float]]:
+        """What to log of every resblock; nothing where they have no gradient scales."""
+        return {} if self.scaling is None else self.scaling.metrics()
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
@@ -108,6 +123,7 @@ class Engine:
             "weights": {n: p.detach() for n, p in zip(names, self.parameters, strict=True)},
             "average": dict(zip(names, self.average.weights, strict=True)),
             "moments": self.optimizer.moments(),
+            **({} if self.scaling is None else {"scaling": self.scaling.tensors()}),
         }
 
     def load(self, saved: dict[str, dict[str, Tensor]]) -> None:
@@ -116,3 +132,5 @@ class Engine:
         self._assign([saved["weights"][n].to(self.device) for n in names])
         torch._foreach_copy_(self.average.weights, [saved["average"][n].to(self.device) for n in names])
         self.optimizer.load_moments(saved["moments"])
+        if self.scaling is not None and "scaling" in saved:
+            self.scaling.load(saved["scaling"])

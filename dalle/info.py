@@ -53,6 +53,8 @@ def _facts(folder: Path) -> dict[str, Any]:
         "states": [path.name for path in state_folders(folder / "state")],
         "metrics": {name: latest[name] for name in SHOWN if name in latest},
     }
+    if "log2_scales" in latest:
+        facts["resblocks"] = {name: latest[name] for name in ("log2_scales", "overflows")}
     if weights.is_file():
         facts["parameters"] = _parameters(weights)
         facts["fingerprint"] = fingerprint(weights)
@@ -84,6 +86,19 @@ def describe_run(facts: dict[str, Any]) -> str:
         lines.append("    " + ", ".join(f"{k}={v}" for k, v in f["model"].items()))
         if f["metrics"]:
             lines.append("    " + ", ".join(f"{k} {v:.4g}" for k, v in f["metrics"].items() if v is not None))
+        if "resblocks" in f:
+            lines.append(f"    {_scales(**f['resblocks'])}")
         states = ", ".join(f["states"]) or "nothing"
         lines.append(f"    weights {f.get('fingerprint', 'none')}, to resume from: {states}")
     return "\n".join(lines)
+
+
+def _scales(log2_scales: list[float], overflows: list[float]) -> str:
+    """The range of the gradient scales, and where gradients overflowed most; resblocks count from 1."""
+    low, high = (pick(range(len(log2_scales)), key=log2_scales.__getitem__) for pick in (min, max))
+    words = (
+        f"gradient scales 2^{log2_scales[low]:.1f} (resblock {low + 1}) to 2^{log2_scales[high]:.1f} "
+        f"(resblock {high + 1}), {sum(overflows):,.0f} overflows"
+    )
+    worst = overflows.index(max(overflows))
+    return f"{words}, most in resblock {worst + 1}: {max(overflows):,.0f}" if any(overflows) else words

@@ -22,9 +22,12 @@ class MetricsLog:
                 partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.board: Any = _summary_writer(folder / "tensorboard", resumed_step) if tensorboard else None
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Record what was measured after update `step`."""
-        line = {"step": step, **{k: _short(v) for k, v in values.items()}}
+    def write(self, step: int, values: Mapping[str, float | list[float]]) -> None:
+        """Record what was measured after update `step`; lists hold one number for each part of the model."""
+        line = {
+            "step": step,
+            **{k: [_short(x) for x in v] if isinstance(v, list) else _short(v) for k, v in values.items()},
+        }
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -32,7 +35,9 @@ class MetricsLog:
             raise unwritable(self.path, error) from error
         if self.board is not None:
             for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+                parts = enumerate(value) if isinstance(value, list) else [("", value)]
+                for part, number in parts:
+                    self.board.add_scalar(f"{name}/{part}".rstrip("/"), number, step)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,8 @@ import torch
 
 from dalle.errors import ConfigError
 
-Precision = Literal["auto", "fp32", "bf16"]
+Arithmetic = Literal["fp32", "bf16", "fp16"]  # of matrix products; weights are fp32 in each
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def best_device() -> torch.device:
@@ -16,7 +17,7 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def choose(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
+def choose(precision: Precision, device: torch.device) -> Arithmetic:
     """Resolve `auto`, and refuse what the device cannot do.
 
     On a CPU the answer is measured, because torch reports bf16 support on machines that emulate it
@@ -26,7 +27,9 @@ def choose(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"
         able = torch.cuda.is_bf16_supported(including_emulation=False)
         if precision == "bf16" and not able:
             raise ConfigError("precision=bf16: this GPU has no bf16 arithmetic; use precision=fp32")
-        return "fp32" if precision == "fp32" or not able else "bf16"
+        if precision != "auto":
+            return precision
+        return "bf16" if able else "fp32"
     if precision != "auto":
         return precision
     return "bf16" if 2 * _seconds(torch.bfloat16) < _seconds(torch.float32) else "fp32"
@@ -42,8 +45,8 @@ def _seconds(dtype: torch.dtype) -> float:
     return min(times[1:])
 
 
-def arithmetic(precision: Literal["fp32", "bf16"], device: torch.device) -> AbstractContextManager[object]:
-    """The context in which forward passes run: matrix products in bf16, the rest and all weights fp32."""
+def arithmetic(precision: Arithmetic, device: torch.device) -> AbstractContextManager[object]:
+    """The context in which forward passes run: matrix products in 16 bits, the rest and all weights fp32."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from dalle import __version__
+from dalle.chart import curves, of_scales, svg
 from dalle.checkpoint import read_json, replacing, write_json
 from dalle.console import Bar, say
 from dalle.evaluate import SPLITS, TITLES, Drawing, Score, evaluate, interval
@@ -99,6 +100,7 @@ def page(figures: Mapping[str, Any], run: Path, scores: Mapping[str, Score]) -> 
         _chart("Image loss, nats per token", run / "prior", ["image_loss", "heldout_image_loss"]),
         _chart("Text loss, nats per token", run / "prior", ["text_loss", "heldout_text_loss"]),
         "</div>",
+        of_scales(run / "prior"),
     ]
     head = f"<!doctype html><meta charset=utf-8><title>dalle report</title><style>{_STYLE}</style>"
     return f"{head}<main>{''.join(parts)}</main>\n"
@@ -165,26 +167,13 @@ def _newest_picture(folder: Path) -> str:
 
 
 def _chart(title: str, folder: Path, names: Sequence[str]) -> str:
-    """Curves over the updates, as SVG."""
     lines = read_metrics(folder)
-    curves = [[(line["step"], line[n]) for line in lines if line.get(n) is not None] for n in names]
-    points = [point for curve in curves for point in curve]
-    if not points:
-        return ""
-    last = max(x for x, _ in points) or 1
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    span = high - low or 1.0
-    drawn = []
-    for at, curve in enumerate(curves):
-        dots = " ".join(f"{40 + 340 * x / last:.1f},{150 - 130 * (y - low) / span:.1f}" for x, y in curve)
-        drawn.append(f'<polyline class=curve{at} points="{dots}"/>')
-        drawn.append(f"<text class=curve{at} x={48 + 130 * at} y=12>{names[at].replace('_', ' ')}</text>")
-    return (
-        f'<figure class=chart><svg viewBox="0 0 390 170"><path d="M40 20V150H380"/>'
-        f"<text x=2 y=26>{high:.3g}</text><text x=2 y=150>{low:.3g}</text>"
-        f"<text x=380 y=166 text-anchor=end>{last:,} updates</text>{''.join(drawn)}</svg>"
-        f"<figcaption>{title}</figcaption></figure>"
-    )
+    found = {
+        name.replace("_", " "): [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        for name in names
+    }
+    drawn = svg(curves(found))
+    return f"<figure class=chart>{drawn}<figcaption>{title}</figcaption></figure>" if drawn else ""
 
 
 _STYLE = """
@@ -200,6 +189,5 @@ figure{margin:0;font-size:.78rem;line-height:1.3}small{display:block}
 .gallery img{border-bottom:4px solid #c33;margin-bottom:4px}
 .gallery .right img{border-color:#2a9d4a}.wide{width:100%;image-rendering:pixelated}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(380px,1fr));gap:1rem}
-svg{width:100%;background:#fff;font-size:10px}path{stroke:#bbb;fill:none}polyline{fill:none;stroke-width:1.6}
-polyline.curve0{stroke:#2563ae}polyline.curve1{stroke:#d9730d}text.curve0{fill:#2563ae}text.curve1{fill:#d9730d}
+svg{width:100%}
 """

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from dalle.chart import draw_scales
 from dalle.checkpoint import newest_state, save_state
 from dalle.config import setting
 from dalle.console import Bar, Stopwatch, duration, say, warn
@@ -36,7 +37,9 @@ class Training:
     ema_decay: float = setting(MISSING, "decay of the averaged weights at each copy")
     ema_every: int = setting(MISSING, "updates between two copies into the average")
     precision: Precision = setting(  # noqa: RUF009 (a field, which ruff cannot see here)
-        "auto", "fp32, bf16, or auto: what this device is faster in"
+        "auto",
+        "fp32, bf16, fp16 (stage 2 only), or auto: what this device is faster in",
+        paper="fp16 (App. D)",
     )
     seed: int = setting(0, "decides the weights at the start, the order of the data and all noise")
     heldout: float = setting(0.02, "share of the data kept for evaluation where it names no split")
@@ -154,7 +157,7 @@ def fit(task: Task, engine: Engine, loader: Loader, config: Training, folder: Pa
                 if step == bar.start + SETTLED and not last:
                     say(f"{task.label}: about {duration(bar.left(step))} for the remaining steps")
                 if step % config.log_every == 0 or last:
-                    log.write(step, window.close())
+                    log.write(step, {**window.close(), **engine.per_resblock()})
                 tokens = bar.rate(step) * config.batch_size * task.tokens_per_picture
                 bar.show(step, {"tokens/s": f"{tokens:,.0f}", "loss": f"{metrics['loss']:.4g}"})
                 with clock.paused():
@@ -219,6 +222,8 @@ def _save(task: Task, engine: Engine, config: Training, folder: Path, step: int)
     with engine.averaged():
         task.publish()
     save_state(folder / "state", step, engine.tensors(), {"task": task.state()}, config.keep)
+    if engine.scaling is not None:
+        draw_scales(folder)
 
 
 def _name_skipped(loader: Loader) -> None:

@@ -117,6 +117,11 @@ class DVAETraining(Training):
         for name in ("tau_start", "tau"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        if self.precision == "fp16":
+            raise ConfigError(
+                "precision=fp16 is for train-prior, whose resblocks have gradient scales; the dVAE trains in "
+                "auto, bf16 or fp32"
+            )
 
 
 PRESETS: dict[str, tuple[DVAEConfig, DVAETraining]] = {

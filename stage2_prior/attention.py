@@ -9,6 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dalle.boundary import Linear
 from stage2_prior.config import PriorConfig
 from stage2_prior.masks import Kind, dense, visible
 
@@ -32,8 +33,8 @@ class Attention(nn.Module):
     def __init__(self, config: PriorConfig, kind: Kind) -> None:
         super().__init__()
         self.config, self.kind, self.heads = config, kind, config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.out = Linear(config.width, config.width)
         self._masks: dict[tuple[int, torch.device], Tensor] = {}
 
     def forward(self, x: Float[Tensor, "b t w"]) -> Float[Tensor, "b t w"]:

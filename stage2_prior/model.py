@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dalle.boundary import LayerNorm, Linear, residual
 from dalle.checkpoint import load_model
 from stage2_prior.attention import Attention, Cache
 from stage2_prior.config import PriorConfig
@@ -30,8 +31,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        self.up = Linear(width, 4 * width)
+        self.down = Linear(4 * width, width)
 
     def forward(self, x: Float[Tensor, "*b w"]) -> Float[Tensor, "*b w"]:
         y = self.up(x)
@@ -43,14 +44,14 @@ class Layer(nn.Module):
 
     def __init__(self, config: PriorConfig, kind: Kind) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention_norm = LayerNorm(config.width)
         self.attention = Attention(config, kind)
-        self.mlp_norm = nn.LayerNorm(config.width)
+        self.mlp_norm = LayerNorm(config.width)
         self.mlp = MLP(config.width)
 
     def forward(self, x: Float[Tensor, "b t w"]) -> Float[Tensor, "b t w"]:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+        x = residual(x, self.attention_norm, self.attention)
+        return residual(x, self.mlp_norm, self.mlp)
 
     def prefill(self, x: Float[Tensor, "p text w"], pictures: int) -> tuple[Float[Tensor, "p text w"], Cache]:
         """The same over the text alone, keeping keys and values."""
@@ -131,6 +132,14 @@ class Prior(nn.Module):
         placed /= placed.std().clamp_min(1e-6)
         self.image_tokens.weight.copy_(placed * math.sqrt(SPREAD / width))
         self.image_head.weight.copy_(placed * HEAD_SPREAD / math.sqrt(width))
+
+    def resblocks(self) -> dict[str, tuple[nn.Module, nn.Module]]:
+        """The two resblocks of every layer by name, in the order of the forward pass (`dalle.scaling`)."""
+        return {
+            f"layers.{i}.{branch}": (getattr(layer, f"{branch}_norm"), getattr(layer, branch))
+            for i, layer in enumerate(self.layers)
+            for branch in ("attention", "mlp")
+        }
 
     @classmethod
     def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> "Prior":

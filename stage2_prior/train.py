@@ -27,6 +27,7 @@ from dalle.packed import PackedAdamW
 from dalle.pictures import contact_sheet, save_png, to_images, to_pixels
 from dalle.precision import best_device, choose
 from dalle.runs import Options, Plan, plan
+from dalle.scaling import Scaling
 from dalle.schedules import Plateau, cosine, warmup
 from dalle.text import Tokenizer
 from dalle.text import fit as fit_text
@@ -109,7 +110,8 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
         variance_limit=config.variance_limit,
     )  # fmt: skip
     average = Average(model.parameters(), config.ema_decay, config.ema_every)
-    engine = Engine(model, optimizer, average, clip=config.clip, precision=precision)
+    scaling = Scaling(model, config.micro_batches) if precision == "fp16" else None
+    engine = Engine(model, optimizer, average, clip=config.clip, precision=precision, scaling=scaling)
     say(
         f"prior: {run.folder} · preset {run.preset} · {parameter_count(model):,} parameters · "
         f"{run.model.text_length} text + {run.model.cells} image tokens of {tokenizer.vocab_size:,} and "
