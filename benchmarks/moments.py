@@ -58,7 +58,7 @@ def bytes_per_parameter(run: Path) -> tuple[float, float]:
 
 
 def seconds_per_update() -> dict[str, float]:
-    """Median time of an optimizer step, the two alternated."""
+    """Median seconds of an optimizer step, the two alternated."""
     model = Prior(PriorConfig(depth=6, width=512, heads=8, text_vocab=256, image_vocab=256, grid=16))
     for p in model.parameters():
         p.grad = torch.randn_like(p)

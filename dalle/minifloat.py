@@ -10,6 +10,7 @@ openai/blocksparse, whose kernels' author is one of the paper's.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float32, UInt16
@@ -45,15 +46,23 @@ class Minifloat:
     def _shift(self) -> int:
         return 23 - self.significand  # bits of an fp32 significand that are dropped
 
+    @cached_property
+    def _highest(self) -> int:
+        return int(torch.tensor(self.largest).view(torch.int32))
+
+    @cached_property
+    def _vanishing(self) -> float:
+        """The fp32 number before the smallest value."""
+        return torch.nextafter(torch.tensor(self.smallest), torch.tensor(0.0)).item()
+
     def pack(self, values: Float32[Tensor, "*n"]) -> UInt16[Tensor, "*n"]:
         """The nearest values of this format."""
         # Elementwise on the bits and in place: the fast operations of every device.
         known = torch.nan_to_num(values, self.largest, math.inf, -math.inf)
-        bits = torch.nn.functional.hardshrink(known, _below(self.smallest)).view(torch.int32)
+        bits = torch.nn.functional.hardshrink(known, self._vanishing).view(torch.int32)
         lowest = (127 - BIAS) << 23
-        highest = int(torch.tensor(self.largest).view(torch.int32))
         codes = bits & 0x7FFF_FFFF if self.signed else bits.clone()
-        codes.clamp_(lowest, highest).add_((1 << (self._shift - 1)) - lowest).bitwise_right_shift_(
+        codes.clamp_(lowest, self._highest).add_((1 << (self._shift - 1)) - lowest).bitwise_right_shift_(
             self._shift
         )
         if self.signed:
@@ -70,11 +79,6 @@ class Minifloat:
             bits &= ~0x6000_0000  # the sign was extended into the two bits below it
         bits += (127 - BIAS) << 23
         return torch.nn.functional.hardshrink(bits.view(torch.float32), 2.0**-BIAS)  # all bits 0: 0
-
-
-def _below(value: float) -> float:
-    """The fp32 number before `value`."""
-    return torch.nextafter(torch.tensor(value), torch.tensor(0.0)).item()
 
 
 SIGNED = Minifloat("1-6-9", signed=True, significand=9)
