@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dalle.minifloat import SIGNED, UNSIGNED
 from dalle.optim import AdamW
 
-CHUNK = 2**15  # numbers unpacked at a time: they stay in the cache from unpacking to packing
+CHUNK = 2**16  # numbers unpacked at a time: they stay in the cache from unpacking to packing
 SMALL = 8192  # tensors of fewer numbers keep fp32 moments
 
 

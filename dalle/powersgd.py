@@ -132,10 +132,10 @@ def orthonormal(p: Float[Tensor, "m r"]) -> Float[Tensor, "m r"]:
     """An orthonormal basis of the columns of P + 1e-6·I, by Householder reflections.
 
     The identity keeps apart columns that are zero or alike. It is meant relative to the numbers of P, which
-    the paper holds near the top of their range by constants chosen by hand; here P is first divided by the
-    root mean square of its numbers.
+    the paper holds near the top of their range by constants chosen by hand; here P is first divided by its
+    largest number.
     """
-    size = p.square().mean().sqrt()
+    size = p.abs().amax()
     p = p / torch.where(size > 0, size, 1.0)
     return torch.linalg.qr(p + IDENTITY * torch.eye(*p.shape, device=p.device)).Q
 

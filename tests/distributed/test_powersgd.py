@@ -78,6 +78,11 @@ def overflow_of_a_factor(powersgd, pieces, machine, step):
         pieces[0].grad[:] = 2e38  # times Gaussian numbers it is too large for fp32
 
 
+def overflow_of_the_other_factor(powersgd, pieces, machine, step):
+    if machine == 1 and step == 3:  # P holds these numbers, Q the norm of all of them
+        pieces[0].grad.view(12, 40)[:, 0] = 1.2e38
+
+
 def sum_that_is_not_finite(powersgd, pieces, machine, step):
     if machine == 1 and step == 3:
         powersgd._errors["wide"][7] = math.inf
@@ -117,7 +122,8 @@ def everything(machine: int) -> dict[str, dict]:
         "late": course(machine, start=3, sample=2),
         "forgetful": course(machine, feedback=False),
         "gradient": course(machine, nan_in_a_gradient),
-        "factor": course(machine, overflow_of_a_factor),
+        "factor P": course(machine, overflow_of_a_factor),
+        "factor Q": course(machine, overflow_of_the_other_factor),
         "sum": course(machine, sum_that_is_not_finite),
         "bias": course(machine, infinite_bias),
         "saved": saved_and_loaded(machine),
@@ -265,12 +271,17 @@ def test_a_gradient_that_is_not_finite_drops_the_update_and_enters_no_sum(machin
     assert torch.equal(hit[2]["tall"], clean[2]["tall"])  # another matrix is not touched by it
 
 
-def test_where_a_factor_is_not_finite_finite_sums_are_kept_as_they_are(machines):
-    for each in norms(machines, "factor"):
+@pytest.mark.parametrize("case", ["factor P", "factor Q"])
+def test_where_a_factor_is_not_finite_finite_sums_are_kept_as_they_are(machines, case):
+    for each in norms(machines, case):
         assert [math.isfinite(norm) for norm in each][:3] == [True, True, False]
     for number, machine in enumerate(machines):
-        before, after = (machine["factor"]["errors"][step]["wide"] for step in (1, 2))
-        gradient = shares(number, 3)[0].grad if number == 0 else torch.full((480,), 2e38)
+        before, after = (machine[case]["errors"][step]["wide"] for step in (1, 2))
+        gradient = shares(number, 3)[0].grad
+        if number == 1 and case == "factor P":
+            gradient[:] = 2e38
+        elif number == 1:
+            gradient.view(12, 40)[:, 0] = 1.2e38
         torch.testing.assert_close(after, before + gradient)
 
 
