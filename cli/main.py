@@ -304,6 +304,63 @@ def info(
         typer.echo(describe_run(facts))
 
 
+@app.command()
+def plan(
+    preset: Annotated[str, typer.Option(help="Of the prior: tiny, small, base or paper.")] = "paper",
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 1,
+    gpus_per_machine: Annotated[int, typer.Option(min=1, help="GPUs of one machine.")] = 8,
+    memory: Annotated[str, typer.Option(help="Memory of one GPU, such as 16GB.")] = "16GB",
+    zero: Annotated[
+        int | None,
+        typer.Option(min=0, max=3, help="ZeRO stage; by default the lowest that fits.", show_default=False),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Total rank of gradients between machines; 0: in full. By default the paper's rule.",
+            show_default=False,
+        ),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="TFLOP/s of one GPU's matrix products; by default measured on this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    within: Annotated[float, typer.Option(help="GB/s that a GPU sends within its machine.")] = 100.0,
+    between: Annotated[float, typer.Option(help="GB/s that a machine sends to others.")] = 12.5,
+    data: Data = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(help="Propose preset, batch and steps for --data in so many hours.", show_default=False),
+    ] = None,
+    settings: Settings = None,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:  # fmt: skip
+    """What a training of the prior takes: memory of each GPU, traffic, time; and what would fit."""
+    from dalle import plan as plans
+    from dalle.data.open import open_source
+
+    speed = rate * 1e12 if rate is not None else plans.measured_rate()
+    cluster = plans.Cluster(
+        gpus, gpus_per_machine, plans.size_in_bytes(memory), within * 1e9, between * 1e9, speed
+    )
+    if (data is None) != (hours is None):
+        raise DalleError("--data and --hours go together: both are needed to propose a run")
+    made = None
+    if data is not None and hours is not None:
+        made = plans.propose(cluster, len(open_source(data, "train", 256)), hours)
+        preset, settings = made.preset, [f"batch_size={made.batch_size}", f"steps={made.steps}"]
+    worked_out = plans.make_plan(preset, cluster, zero=zero, rank=rank, settings=tuple(settings or ()))
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(plans.facts(worked_out, made), indent=2))
+    else:
+        plans.show(worked_out, made)
+
+
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"dalle {__version__}")

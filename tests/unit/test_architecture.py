@@ -16,6 +16,7 @@ LEVEL = {
     "stage2_prior": 1,
     "dalle.pipeline": 2,
     "dalle.drawings": 2,
+    "dalle.plan": 2,
     "dalle.evaluate": 3,
     "dalle.report": 4,
     "dalle.demo": 5,
