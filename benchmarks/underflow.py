@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dalle.audit import count, own_scale
 from dalle.boundary import residual
-from dalle.chart import curves, svg
+from dalle.chart import COLOURS, Curve, svg
 from dalle.engine import Engine
 from dalle.optim import AdamW, Average
 from dalle.scaling import Scaling
@@ -32,6 +32,7 @@ CONFIG = PriorConfig(
 )
 NOISE = 0.25  # share of the answers that are random
 LR = 3e-3
+WINDOW = 10  # updates that a point of the figure stands for
 
 
 class Ladder(nn.Module):
@@ -144,11 +145,16 @@ def main(path: Path, steps: int = 600) -> None:
     """Train in the three ways, print the last losses, draw those of the last layer."""
     torch.set_num_threads(1)
     found = {name: train(steps) for name, train in WAYS.items()}
-    print(f"loss of each layer after {steps} updates (mean of the last 20), nats")
+    print(f"loss of each layer after {steps} updates, nats (mean of the last 20)")
     for name, losses in found.items():
         print(f"  {name:32}", "  ".join(f"{x:.4f}" for x in losses[-20:].mean(0)))
-    last = {name: list(enumerate(losses[:, -1].tolist())) for name, losses in found.items()}
-    path.write_text(svg(curves(last), "Loss of the last layer, nats", width=560, height=260))
+    drawn = []
+    for (name, losses), colour in zip(found.items(), COLOURS, strict=False):
+        means = losses[:, -1].split(WINDOW)
+        points = [((i + 1) * WINDOW, part.mean().item()) for i, part in enumerate(means)]
+        drawn.append(Curve(points, name, colour, width=5 if name == "fp32" else 1.6))  # one lies on it
+    title = f"Loss of the last layer, nats (means of {WINDOW} updates)"
+    path.write_text(svg(drawn, title, width=560, height=260))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,6 +58,44 @@ TopP = Annotated[
     float | None,
     typer.Option(help="Draw only from the likeliest codes that reach probability P.", show_default=False),
 ]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        min=1,
+        help="Processes on this machine, one for each GPU. Leave it out under torchrun, deepspeed or srun, "
+        "which start them themselves.",
+        show_default=False,
+    ),
+]
+Machines = Annotated[
+    int | None,
+    typer.Option(
+        "--machines",
+        min=1,
+        help="Pretend that this machine is so many, each of --processes processes: to try how gradients are "
+        "compressed between machines (--set compression_rank=…). Several real ones are known by their launcher.",
+        show_default=False,
+    ),
+]
+Zero = Annotated[
+    int | None,
+    typer.Option(
+        "--zero",
+        min=0,
+        max=3,
+        help="What several processes partition (DeepSpeed ZeRO): 1 the optimizer's moments, 2 gradients too, "
+        "3 weights too; 0 nothing. By default 1, or what the run has.",
+        show_default=False,
+    ),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        help="Above 1: nearer to the caption and less varied; by default the model's own.",
+        show_default=False,
+    ),
+]
 ShowConfig = Annotated[
     bool, typer.Option("--show-config", help="Print every setting with the paper's value, and stop.")
 ]
@@ -83,6 +122,7 @@ def evaluate(
     temperature: Temperature = 1.0,
     top_k: TopK = None,
     top_p: TopP = None,
+    guidance: Guidance = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -96,9 +136,9 @@ def evaluate(
     from dalle.report import judge_and_report
     from stage2_prior.sample import Sampling
 
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = Sampling(temperature, top_k, top_p, guidance)
     command = f"dalle evaluate --run {run} --prompts {prompts} --seed {seed}"
-    for option, value in (("top-k", top_k), ("top-p", top_p)):
+    for option, value in (("top-k", top_k), ("top-p", top_p), ("guidance", guidance)):
         command += f" --{option} {value}" if value is not None else ""
     command += f" --temperature {temperature}" if temperature != 1 else ""
     found = find_run(run)
@@ -119,16 +159,23 @@ def train_dvae(
     preset: Preset = None,
     steps: Steps = None,
     settings: Settings = None,
+    processes: Processes = None,
+    zero: Zero = None,
     show_config: ShowConfig = False,
 ) -> None:
     """Stage 1: train the discrete VAE. The same command again goes on where it stopped."""
+    _become_several(processes, show_config)
+    from dalle.distributed import joined
     from dalle.runs import Options
     from stage1_dvae.train import resolve, train
 
-    options = Options(run, data, preset, steps, tuple(settings or ()))
+    options = Options(run, data, preset, steps, _with_zero(settings, zero))
     if show_config:
         resolve(options).show()
-    elif not train(options):
+        return
+    with joined(processes):
+        done = train(options)
+    if not done:
         raise typer.Exit(1)
 
 
@@ -139,10 +186,15 @@ def train_prior(
     preset: Preset = None,
     steps: Steps = None,
     settings: Settings = None,
+    processes: Processes = None,
+    machines: Machines = None,
+    zero: Zero = None,
     show_config: ShowConfig = False,
 ) -> None:
     """Stage 2: train the prior on the run's dVAE. The same command again goes on where it stopped."""
+    _become_several(processes, show_config, machines)
     from dalle.checkpoint import read_json
+    from dalle.distributed import joined
     from dalle.pipeline import codes_of
     from dalle.runs import Options, machine_preset
     from stage2_prior.train import resolve, train
@@ -154,11 +206,27 @@ def train_prior(
         "preset": machine_preset() if imported else began["preset"],
         "data": "scenes" if imported else began["data"],
     }
-    options = Options(run, data, preset, steps, tuple(settings or ()))
+    options = Options(run, data, preset, steps, _with_zero(settings, zero))
     if show_config:
         resolve(options, codes, **suits).show()
-    elif not train(options, codes, **suits):
+        return
+    with joined(processes):
+        done = train(options, codes, **suits)
+    if not done:
         raise typer.Exit(1)
+
+
+def _become_several(processes: int | None, show_config: bool, machines: int | None = None) -> None:
+    """With --processes or --machines: run this command as so many processes, and end as they do."""
+    from dalle.launch import launch, launched
+
+    local, pretended = processes or 1, machines or 1
+    if local * pretended > 1 and not launched() and not show_config:
+        raise typer.Exit(launch(local, sys.argv[1:], machines=pretended))
+
+
+def _with_zero(settings: list[str] | None, zero: int | None) -> tuple[str, ...]:
+    return (*(settings or ()), *((f"zero={zero}",) if zero is not None else ()))
 
 
 @app.command()
@@ -197,6 +265,7 @@ def sample(
     temperature: Temperature = 1.0,
     top_k: TopK = None,
     top_p: TopP = None,
+    guidance: Guidance = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -216,7 +285,7 @@ def sample(
     wanted = [p.strip().encode("utf-8", "replace").decode("utf-8") for p in wanted if p.strip()]
     if not wanted:
         raise DalleError('no prompt was given; say what to draw, such as: dalle sample "a red circle"')
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = Sampling(temperature, top_k, top_p, guidance)
     if run is None and not DEFAULT_RUN.exists():
         say(f"drawing with the built-in model, which knows {ABOUT}; dalle train-dvae begins one of your own")
         run = Path(NAME)
@@ -233,6 +302,7 @@ def sample(
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
+        "guidance": model.resolve(sampling).guidance,
     }
     paths = save_drawings(
         out or (Path("samples") if builtin else run / "samples"), pictures, captions, n, made
@@ -361,6 +431,29 @@ def plan(
         plans.show(worked_out, made)
 
 
+@app.command("audit-precision")
+def audit_precision(
+    run: Annotated[Path, typer.Argument(help="Run folder of a trained model.")] = DEFAULT_RUN,
+    batches: Annotated[int, typer.Option(min=1, help="Batches to look at.")] = 4,
+    data: Data = None,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Which gradients of the prior fp16 would lose: under one scale, and under one for each resblock."""
+    from dalle.audit import describe
+    from dalle.builtin import find_run
+    from dalle.pipeline import codes_of
+    from stage2_prior.audit import audit
+
+    found = find_run(run)
+    facts = {"run": str(run), **audit(found / "prior", codes_of(found), batches, data)}
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(facts, indent=2))
+    else:
+        typer.echo(describe(facts))
+
+
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"dalle {__version__}")
@@ -386,15 +479,39 @@ def main() -> None:
     except DalleError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        sys.exit(1)
+        _end(1)
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             _fail(
                 "the device's memory is too small: use a smaller --set micro_batch=… or --set recompute=true"
             )
+        _end_of_one_among_several(error)
         raise
+
+
+def _end_of_one_among_several(error: Exception) -> None:
+    """Where another process ended, this one cannot go on: it says so, and leaves the reason to that one."""
+    from dalle.launch import LOST, launched
+
+    if launched():
+        if any(word in str(error) for word in ("gloo", "NCCL", "Connection closed", "Connection reset")):
+            typer.echo("this process lost the others of its run, and ends", err=True)
+            _end(LOST)
+        traceback.print_exc()
+        _end(1)
 
 
 def _fail(message: str) -> Any:
     typer.echo(f"error: {' '.join(message.split())}", err=True)
-    sys.exit(2)
+    _end(2)
+
+
+def _end(status: int) -> None:
+    """Leave; one among several without waiting for the others, which notice."""
+    from dalle.launch import launched
+
+    if launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

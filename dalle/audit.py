@@ -77,10 +77,15 @@ class Resblock:
     activations: Octaves = field(default_factory=Octaves)
     weights: Octaves = field(default_factory=Octaves)
 
+    @property
+    def largest(self) -> int | None:
+        """The highest octave of both."""
+        found = [kind.largest for kind in (self.activations, self.weights) if kind.largest is not None]
+        return max(found, default=None)
+
     def fitting(self) -> int:
         """log₂ of the largest scale under which nothing overflows."""
-        found = [kind.largest for kind in (self.activations, self.weights) if kind.largest is not None]
-        return BEYOND - 1 - max(found, default=0)
+        return BEYOND - 1 - (self.largest or 0)
 
 
 def count(
@@ -128,7 +133,7 @@ def facts(found: Mapping[str, Resblock]) -> dict[str, Any]:
         "one_log2_scale": together,
         "resblocks": {
             name: {
-                "log2_largest": max(k.largest or LEAST for k in (resblock.activations, resblock.weights)),
+                "log2_largest": resblock.largest,
                 "log2_median": resblock.activations.median,
                 "one_scale": _under(resblock, together),
                 "own_scale": _under(resblock, own_scale(resblock)),
@@ -149,3 +154,26 @@ def _under(resblock: Resblock, log2_scale: int) -> dict[str, Any]:
         "activations": asdict(resblock.activations.lost(log2_scale)),
         "weights": asdict(resblock.weights.lost(log2_scale)),
     }
+
+
+def describe(facts: Mapping[str, Any]) -> str:
+    """The same as a table."""
+    one = f"one scale, 2^{facts['one_log2_scale']}"
+    lines = [
+        f"{facts['run']}: gradients of {facts['pictures']:,} pictures in fp32, by octave (-3: 1/8 to 1/4);",
+        "shares that fp16 would lose to 0 or Inf, in brackets those that it would keep with fewer bits",
+        "",
+        f"{'':22}{'octave':>18}{one:>28}{'own scale':>40}",
+        f"{'resblock':22}{'largest':>9}{'median':>9}" + f"{'scale':>8}{'activations':>16}{'weights':>16}" * 2,
+    ]
+    for name, found in facts["resblocks"].items():
+        size = (found["log2_largest"], found["log2_median"])
+        octaves = "".join(f"{'none' if octave is None else octave:>9}" for octave in size)
+        lines.append(f"{name:22}{octaves}{_columns(found['one_scale'])}{_columns(found['own_scale'])}")
+    return "\n".join(lines)
+
+
+def _columns(under: Mapping[str, Any]) -> str:
+    lost = (under["activations"], under["weights"])
+    shares = (f"{loss['zero'] + loss['overflow']:.1%} ({loss['denormal']:.1%})" for loss in lost)
+    return f"{'2^' + str(under['log2_scale']):>8}" + "".join(f"{share:>16}" for share in shares)

@@ -16,17 +16,18 @@ MOST = 600  # points drawn of a curve
 class Curve:
     """Points (update, value) in order of the updates; a curve without a label is not in the legend."""
 
-    points: Sequence[tuple[float, float]]
+    points: Sequence[tuple[int, float]]
     label: str = ""
     colour: str = COLOURS[0]
+    width: float = 1.6
 
 
-def curves(named: Mapping[str, Sequence[tuple[float, float]]]) -> list[Curve]:
+def curves(named: Mapping[str, Sequence[tuple[int, float]]]) -> list[Curve]:
     """One curve for each name, in colours of their own."""
     return [Curve(points, name, COLOURS[i % len(COLOURS)]) for i, (name, points) in enumerate(named.items())]
 
 
-def shades(series: Sequence[Sequence[tuple[float, float]]], first: str, last: str) -> list[Curve]:
+def shades(series: Sequence[Sequence[tuple[int, float]]], first: str, last: str) -> list[Curve]:
     """Many curves, coloured from blue to orange in their order; only the first and the last are named."""
     steps = max(1, len(series) - 1)
     labels = {0: first, len(series) - 1: last}
@@ -52,7 +53,8 @@ def svg(drawn: Sequence[Curve], title: str = "", *, width: int = 390, height: in
             f"{left + (right - left) * x / last:.1f},{bottom - (bottom - top) * (y - low) / span:.1f}"
             for x, y in curve.points[::every]
         )
-        parts.append(f'<polyline points="{dots}" fill="none" stroke="{curve.colour}" stroke-width="1.6"/>')
+        pen = f'fill="none" stroke="{curve.colour}" stroke-width="{curve.width}"'
+        parts.append(f'<polyline points="{dots}" {pen}/>')
         if curve.label:
             parts.append(
                 f'<text x="{at}" y="{top - 8}" fill="{curve.colour}">{html.escape(curve.label)}</text>'
@@ -78,6 +80,7 @@ def of_scales(folder: Path) -> str:
 
 
 def draw_scales(folder: Path) -> None:
-    """Write `folder`/scales.svg."""
-    with replacing(folder / "scales.svg") as partial:
-        partial.write_text(of_scales(folder), encoding="utf-8")
+    """Write `folder`/scales.svg, once there is something to draw."""
+    if drawn := of_scales(folder):
+        with replacing(folder / "scales.svg") as partial:
+            partial.write_text(drawn, encoding="utf-8")

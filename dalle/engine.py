@@ -1,26 +1,63 @@
 """What one update does to a model: gradients, clipping, AdamW, the averaged weights.
 
-The loop and the stages know only the methods used here. A distributed engine has the same ones.
+`Engine` is plain PyTorch: one process, or several that hold the whole model each and average their
+gradients. `dalle.zero` partitions it. The loop and the stages know only the public methods here.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from dalle.distributed import ALONE, Part, Topology
 from dalle.errors import DalleError
-from dalle.optim import AdamW, Average
+from dalle.optim import AdamW, Average, full_shape
+from dalle.powersgd import PowerSGD
 from dalle.precision import Arithmetic, arithmetic
 from dalle.scaling import REST, Scaling
 
+R = TypeVar("R")
+
 PATIENCE = 20  # updates in a row that may be dropped for a non-finite gradient before the run stops
 PATIENCE_WITH_SCALES = 4 * REST  # the same while the gradient scales can still shrink: to a quarter by then
+BUCKET = 25 * 2**20  # gradients are averaged so many bytes at a time
+
+
+class Piece(NamedTuple):
+    """What this process holds of the gradient of one parameter.
+
+    Where the model is partitioned, `grad` is a run of the flattened parameter that begins at `offset`.
+    Changing it in place changes what the update applies.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    grad: Tensor
+    offset: int
+
+
+@runtime_checkable
+class Saved(Protocol):
+    """A training state to load from; every process reads the same tensors in the same order."""
+
+    def names(self, file: str) -> set[str]:
+        """The tensors in this file; none if there is no such file."""
+
+    def read(self, file: str, name: str) -> Tensor:
+        """One of them, whole."""
 
 
 class Engine:
-    """One process, one device."""
+    """The whole model in every process.
+
+    Args:
+        topology: the processes whose gradients are averaged.
+        compression: averages the gradients of machines, where `topology.shards` is one of them.
+    """
 
     def __init__(
         self,
@@ -31,10 +68,14 @@ class Engine:
         clip: float | None,
         precision: Arithmetic,
         scaling: Scaling | None = None,
+        topology: Topology = ALONE,
+        compression: PowerSGD | None = None,
     ) -> None:
         self.model, self.optimizer, self.average = model, optimizer, average
         self.clip, self.precision, self.scaling = clip, precision, scaling
-        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        self.topology, self.compression = topology, compression
+        self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.parameters: list[Tensor] = list(self.named.values())
         self.device = self.parameters[0].device
         self.dropped = 0  # updates dropped in a row
 
@@ -42,13 +83,18 @@ class Engine:
         """The context for forward passes."""
         return arithmetic(self.precision, self.device)
 
+    def run(self, function: Callable[..., R], *arguments: object) -> R:
+        """Call a function that runs the model. All processes do, one as often as the other."""
+        with self.arithmetic():
+            return function(*arguments)
+
     def backward(self, loss: Tensor, micro_batches: int) -> None:
         """Add the gradient of one of `micro_batches` micro-batches; their losses are averaged."""
         (loss / micro_batches).backward()
 
-    def pieces(self) -> list[tuple[str, Tensor]]:
-        """Names of parameters with what this process holds of their gathered gradients."""
-        return [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
+    def pieces(self) -> list[Piece]:
+        """The gradient of an update, in fp32, between its last `backward` and `update`."""
+        return [Piece(n, p, p.grad, 0) for n, p in self.named.items() if p.grad is not None]
 
     def update(self, lr: float, step: int) -> dict[str, float]:
         """Apply the gathered gradient as update number `step` (counted from 1).
@@ -62,32 +108,62 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        overflowed = self.scaling is not None and self.scaling.update(self.pieces())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        grad_norm = norm.item()
-        if math.isfinite(grad_norm) and not overflowed:
+        self._average_gradients()
+        pieces = self.pieces()
+        gradients = [piece.grad for piece in pieces]
+        overflowed = self.scaling is not None and self.scaling.update((p.name, p.grad) for p in pieces)
+        receipt = self.compression.reduce(pieces, step) if self.compression is not None else None
+        grad_norm = receipt.norm if receipt is not None else self._norm(gradients)
+        finite = math.isfinite(grad_norm) and not overflowed
+        if finite:
             self.dropped = 0
             if self.clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
-            self.optimizer.limit_variance(grad_norm if self.clip is None else min(grad_norm, self.clip))
-            self.optimizer.step()
+                torch._foreach_mul_(gradients, min(1.0, self.clip / (grad_norm + 1e-6)))
+            self.optimizer.grad_norm = grad_norm if self.clip is None else min(grad_norm, self.clip)
         else:
             self.dropped += 1
             mendable = self.scaling is not None and overflowed and self.scaling.mendable
             if self.dropped >= (PATIENCE_WITH_SCALES if mendable else PATIENCE):
-                raise DalleError(self._diagnosis())
-        self.optimizer.zero_grad(set_to_none=True)
-        self.average.update(self.parameters, step)
-        return {"grad_norm": grad_norm, "dropped_updates": float(self.dropped)}
+                raise DalleError(self._diagnosis(pieces))
+        self._step(finite)
+        self.average.update(self.weights(), step)
+        told = receipt.metrics() if receipt is not None else {}
+        return {"grad_norm": grad_norm, "dropped_updates": float(self.dropped), **told}
 
-    def _diagnosis(self) -> str:
-        bad = [
-            name
-            for name, p in self.model.named_parameters()
-            if p.grad is not None and not p.grad.isfinite().all()
-        ]
+    def weights(self) -> list[Tensor]:
+        """What this process holds of the weights, in fp32."""
+        return self.parameters
+
+    def _average_gradients(self) -> None:
+        if self.topology.world == 1 or (size := dist.get_world_size(self.topology.shards)) == 1:
+            return
+        gradients = [piece.grad for piece in self.pieces()]
+        buckets: list[list[Tensor]] = [[]]
+        for gradient in gradients:
+            if sum(g.nbytes for g in buckets[-1]) + gradient.nbytes > BUCKET and buckets[-1]:
+                buckets.append([])
+            buckets[-1].append(gradient)
+        under_way = []
+        for bucket in buckets:
+            flat = torch.cat([g.flatten() for g in bucket]) / size
+            under_way.append((bucket, flat, dist.all_reduce(flat, group=self.topology.shards, async_op=True)))
+        for bucket, flat, handle in under_way:
+            handle.wait()
+            parts = flat.split([g.numel() for g in bucket])
+            torch._foreach_copy_(bucket, [part.view(g.shape) for part, g in zip(parts, bucket, strict=True)])
+
+    def _norm(self, gradients: list[Tensor]) -> float:
+        return torch.nn.utils.get_total_norm(gradients).item()
+
+    def _step(self, apply: bool) -> None:
+        if apply:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _diagnosis(self, pieces: list[Piece]) -> str:
+        bad = [piece.name for piece in pieces if not piece.grad.isfinite().all()]
         where = f"first in {bad[0]} ({len(bad)} parameters in all)" if bad else "in its norm alone"
-        if self.scaling is not None and self.scaling.overflowed:
+        if self.scaling is not None and not self.scaling.outside and self.scaling.overflowed:
             where += f", though smaller gradient scales were tried: {self.scaling.describe_overflow()}"
         precision = "" if self.precision == "fp32" else " or use --set precision=fp32"
         return (
@@ -106,7 +182,7 @@ class Engine:
         self._assign(self.average.weights)
         self.model.eval()
         try:
-            with torch.inference_mode(), arithmetic(self.precision, self.device):
+            with torch.inference_mode(), self.arithmetic():
                 yield self.model
         finally:
             self.model.train()
@@ -116,21 +192,76 @@ class Engine:
     def _assign(self, weights: list[Tensor]) -> None:
         torch._foreach_copy_(self.parameters, weights)
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that resuming needs, as {file: {name: tensor}}."""
-        names = [n for n, p in self.model.named_parameters() if p.requires_grad]
-        return {
-            "weights": {n: p.detach() for n, p in zip(names, self.parameters, strict=True)},
-            "average": dict(zip(names, self.average.weights, strict=True)),
+    def state(self) -> dict[str, dict[str, Part]]:
+        """All that resuming needs, as {file: {name: part}}; all processes name the same in the same order."""
+        files = {
+            "weights": {n: p.detach() for n, p in self.named.items()},
+            "average": dict(zip(self.named, self.average.weights, strict=True)),
             "moments": self.optimizer.moments(),
-            **({} if self.scaling is None else {"scaling": self.scaling.tensors()}),
+            **self._scales(),
+        }
+        self._compare_machines()
+        return self._errors() | {
+            file: {name: self._whole(tensor) for name, tensor in group.items()}
+            for file, group in files.items()
         }
 
-    def load(self, saved: dict[str, dict[str, Tensor]]) -> None:
-        """Take back what `tensors` gave."""
-        names = [n for n, p in self.model.named_parameters() if p.requires_grad]
-        self._assign([saved["weights"][n].to(self.device) for n in names])
-        torch._foreach_copy_(self.average.weights, [saved["average"][n].to(self.device) for n in names])
-        self.optimizer.load_moments(saved["moments"])
-        if self.scaling is not None and "scaling" in saved:
-            self.scaling.load(saved["scaling"])
+    def _compare_machines(self) -> None:
+        """Raises `DalleError` if the machines, which should hold the same weights, differ in a bit."""
+        if self.compression is not None and not self.compression.wire.same(self.weights()):
+            raise DalleError(
+                "the machines no longer hold the same weights: one computes otherwise, by its hardware or "
+                "its software; the state that was saved last is sound"
+            )
+
+    def _errors(self) -> dict[str, dict[str, Part]]:
+        """The error sums of compressed gradients, so far as this process holds them."""
+        if self.compression is None:
+            return {}
+        held = self.compression.sums()
+        empty = torch.empty(0, dtype=self.compression.dtype)
+        tells = self._tells()
+        parts = {"machines": self._whole(torch.tensor(self.compression.wire.machines))}
+        for name in sorted(self.compression.matrices):
+            offset, total = held[name] if tells and name in held else (0, empty)
+            parts[name] = Part(full_shape(self.named[name]), offset, total)
+        return {"errors": parts}
+
+    def _tells(self) -> bool:
+        return self.topology.main
+
+    def _load_errors(self, saved: Saved) -> None:
+        names = saved.names("errors")
+        machines = int(saved.read("errors", "machines")) if names else 1
+        for name in sorted(names - {"machines"}):
+            tensor = saved.read("errors", name)
+            if self.compression is not None and name in self.named:
+                self.compression.load(
+                    name, full_shape(self.named[name]), *self._run_of(name), tensor, machines
+                )
+
+    def _run_of(self, name: str) -> tuple[int, int]:
+        """Where this process' run of a parameter's gradient begins, and its length."""
+        return 0, self.named[name].numel()
+
+    def _scales(self) -> dict[str, dict[str, Tensor]]:
+        return {} if self.scaling is None else {"scaling": self.scaling.tensors()}
+
+    def _whole(self, tensor: Tensor) -> Part:
+        """A tensor that all processes hold: the first one gives it."""
+        return Part(tuple(tensor.shape), 0, tensor if self.topology.main else tensor.new_empty(0))
+
+    def load(self, saved: Saved) -> None:
+        """Take back what `state` gave, whatever engine it was of."""
+        for p, average, name in zip(self.parameters, self.average.weights, self.named, strict=True):
+            p.detach().copy_(saved.read("weights", name))
+            average.copy_(saved.read("average", name))
+        names = sorted(saved.names("moments"))
+        self.optimizer.load_moments((name, saved.read("moments", name)) for name in names)
+        self._load_scales(saved)
+        self._load_errors(saved)
+
+    def _load_scales(self, saved: Saved) -> None:
+        names = sorted(saved.names("scaling"))
+        if self.scaling is not None and names:
+            self.scaling.load({name: saved.read("scaling", name) for name in names})

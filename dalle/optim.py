@@ -1,5 +1,6 @@
 """AdamW as the paper runs it, and the running average of the weights."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,18 +29,29 @@ class AdamW(torch.optim.AdamW):
         variance_limit: float | None = None,
     ) -> None:
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        matrices = [p for _, p in named if p.ndim > 1]
-        vectors = [p for _, p in named if p.ndim <= 1]  # gains and biases are not decayed
+        matrices = [p for _, p in named if len(full_shape(p)) > 1]
+        vectors = [p for _, p in named if len(full_shape(p)) <= 1]  # gains and biases are not decayed
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         # The step size is written into the groups before every update (see `Engine.update`).
         super().__init__(groups, lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=True)
-        self.variance_limit = variance_limit
+        self.variance_limit, self.grad_norm, self.skip = variance_limit, math.inf, False
         self.names = {id(p): n for n, p in named}
+        self.packed: frozenset[str] = frozenset()  # names of parameters with 16-bit moments
 
-    def limit_variance(self, grad_norm: float) -> None:
-        """Make room for this update's squared gradients; call it between clipping and `step`."""
+    def step(self, closure: Any = None) -> Any:
+        """One update; `grad_norm` must be the norm of the gradient that it applies.
+
+        With `skip` it leaves weights, moments and counts as they are.
+        """
+        if self.skip:
+            return None
+        self._limit_variance()
+        return super().step(closure)
+
+    def _limit_variance(self) -> None:
+        """Make room for this update's squared gradients."""
         limit = self.variance_limit
-        if limit is None or grad_norm**2 <= limit:
+        if limit is None or self.grad_norm**2 <= limit:
             return
         for group in self.param_groups:
             beta2 = group["betas"][1]
@@ -56,26 +68,30 @@ class AdamW(torch.optim.AdamW):
             for kind, value in state.items()
         }
 
-    def load_moments(self, saved: dict[str, Tensor]) -> None:
+    def load_moments(self, saved: Iterable[tuple[str, Tensor]]) -> None:
         """Take back what `moments` gave. Parameters without saved moments start afresh."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                kinds = ("step", "exp_avg", "exp_avg_sq")
-                found = {k: saved[key] for k in kinds if (key := f"{self.names[id(p)]}/{k}") in saved}
-                if found:
-                    # The fused kernel walks through memory: the moments must lie as the parameter does,
-                    # channels_last too, though files hold them contiguous. It wants the count beside it.
-                    self.state[p] = {
-                        k: v.to(p.device).clone()
-                        if v.ndim == 0
-                        else torch.empty_like(p.detach(), dtype=v.dtype).copy_(v)
-                        for k, v in found.items()
-                    }
+        owners = {self.names[id(p)]: p for group in self.param_groups for p in group["params"]}
+        for key, value in saved:
+            name, _, kind = key.rpartition("/")
+            if (p := owners.get(name)) is not None:
+                # The fused kernel walks through memory: the moments must lie as the parameter does,
+                # channels_last too, though files hold them contiguous. It wants the count beside it.
+                like = (
+                    torch.empty_like(p.detach(), dtype=value.dtype)
+                    if value.ndim
+                    else torch.empty((), device=p.device)
+                )
+                self.state[p][kind] = like.copy_(value)
+
+
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Its shape, also where this process holds a part of it (ZeRO-3)."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def parameter_count(model: nn.Module) -> int:
-    """How many numbers are trained."""
-    return sum(p.numel() for p in model.parameters())
+    """How many numbers are trained, over all processes."""
+    return sum(math.prod(full_shape(p)) for p in model.parameters())
 
 
 class Average:

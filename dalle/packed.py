@@ -1,6 +1,7 @@
 """AdamW that keeps the moments of large matrices in 16 bits."""
 
-from collections.abc import Callable, Collection, Iterator
+import math
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle.minifloat import SIGNED, UNSIGNED
-from dalle.optim import AdamW
+from dalle.optim import AdamW, full_shape
 
 CHUNK = 2**16  # numbers unpacked at a time: they stay in the cache from unpacking to packing
 SMALL = 8192  # tensors of fewer numbers keep fp32 moments
@@ -39,31 +40,28 @@ class PackedAdamW(AdamW):
         variance_limit: float | None = None,
     ) -> None:
         super().__init__(model, betas=betas, weight_decay=weight_decay, variance_limit=variance_limit)
-        packed = [
-            p
+        large = {
+            name: p
             for name, p in model.named_parameters()
-            if name in matrices and p.requires_grad and p.numel() >= SMALL and p.is_contiguous()
-        ]
-        chosen = set(map(id, packed))
+            if name in matrices
+            and p.requires_grad
+            and math.prod(full_shape(p)) >= SMALL
+            and p.is_contiguous()
+        }
+        self.packed = frozenset(large)
+        chosen = set(map(id, large.values()))
         for group in self.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in chosen]
-        if packed:
-            self.add_param_group({"params": packed, "packed": True})
-        self.over_limit = False  # whether variances may exceed their limit in this update
-
-    def limit_variance(self, grad_norm: float) -> None:
-        """See `AdamW.limit_variance`; packed variances are limited when `step` unpacks them."""
-        self.over_limit = self.variance_limit is not None and grad_norm**2 > self.variance_limit
-        with self._groups(packed=False):
-            super().limit_variance(grad_norm)
+        if large:
+            self.add_param_group({"params": list(large.values()), "packed": True})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+    def step(self, closure: Any = None) -> Any:
+        """See `AdamW.step`."""
         with self._groups(packed=False):
             loss = super().step(closure)
         with self._groups(packed=True) as groups:
-            for group in groups:
+            for group in [] if self.skip else groups:
                 for p in group["params"]:
                     if p.grad is not None:
                         self._update(p, p.grad, group)
@@ -86,13 +84,12 @@ class PackedAdamW(AdamW):
             for kind in ("exp_avg", "exp_avg_sq"):
                 state[kind] = torch.zeros_like(p, dtype=torch.uint16)
         state["step"] += 1
-        beta1, beta2 = group["betas"]
+        (beta1, beta2), limit = group["betas"], self.variance_limit
         parts = (t.view(-1).split(CHUNK) for t in (p, grad, state["exp_avg"], state["exp_avg_sq"]))
         for weights, gradient, means, variances in zip(*parts, strict=True):
             mean, variance = SIGNED.unpack(means), UNSIGNED.unpack(variances)
-            if self.over_limit:
-                assert self.variance_limit is not None
-                room = (self.variance_limit - (1 - beta2) * gradient.square()) / beta2
+            if limit is not None and self.grad_norm**2 > limit:
+                room = (limit - (1 - beta2) * gradient.square()) / beta2
                 torch.minimum(variance, room.clamp_min_(0), out=variance)
             torch._fused_adamw_(
                 [weights], [gradient], [mean], [variance], [], [state["step"]],

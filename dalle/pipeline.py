@@ -1,8 +1,9 @@
 """From prompts to pictures: the tokenizer, the prior, and the dVAE on whose codes it was trained."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dalle.builtin import find_run
 from dalle.checkpoint import fingerprint, read_json
-from dalle.errors import CheckpointError, DataError
+from dalle.errors import CheckpointError, ConfigError, DataError
 from dalle.pictures import to_images
 from dalle.precision import Precision, arithmetic, best_device, choose
 from dalle.text import Tokenizer, fit
@@ -36,6 +37,7 @@ class TextToImage:
     prior: Prior
     dvae: DVAE
     precision: Precision = "fp32"
+    guidance: float | None = None  # what it draws with; None: it never saw a picture without its caption
 
     def __post_init__(self) -> None:
         for what, ours, theirs in (
@@ -80,12 +82,30 @@ class TextToImage:
                     f"the prior in {run / 'prior'} was trained on the {part} {trained_on}, but {path} is "
                     f"{present}: put that {part} back, or train the prior anew in another --run"
                 )
+        trained: dict[str, Any] = began.get("training", {})
         return cls(
             tokenizer,
             Prior.load(run / "prior", device),
             DVAE.load(run / "dvae", device),
             choose(precision, device),
+            trained.get("guidance", 1.0) if trained.get("caption_dropout") else None,
         )
+
+    def resolve(self, sampling: Sampling | None) -> Sampling:
+        """What drawing so means with this model: its own guidance where none is asked for.
+
+        Raises:
+            ConfigError: guidance of a prior that was not trained for it.
+        """
+        sampling = sampling or Sampling()
+        if sampling.guidance is None:
+            return replace(sampling, guidance=1.0 if self.guidance is None else self.guidance)
+        if sampling.guidance != 1 and self.guidance is None:
+            raise ConfigError(
+                f"guidance={sampling.guidance} needs a prior that has seen pictures without their captions: "
+                "train one with --set caption_dropout=0.1"
+            )
+        return sampling
 
     def __call__(
         self,
@@ -102,7 +122,8 @@ class TextToImage:
 
         Args:
             seed: decides the noise; one for all prompts, or one for each.
-            sampling: temperature, top-k and top-p; by default the paper's, temperature 1.
+            sampling: temperature, top-k, top-p and guidance; by default temperature 1, as in the paper, and
+                the model's own guidance.
             on_token: called with the number of image tokens drawn since the last call.
 
         Raises:
@@ -117,6 +138,7 @@ class TextToImage:
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise DataError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one, or one for each")
+        sampling = self.resolve(sampling)
         together = max(1, AT_ONCE // n)  # prompts drawn side by side
         tokens = self._tokens(prompts)
         codes = [
@@ -146,7 +168,7 @@ class TextToImage:
         tokens: Int[Tensor, "p words"],
         seeds: Sequence[int],
         pictures: range,
-        sampling: Sampling | None,
+        sampling: Sampling,
         on_token: Callable[[int], None] | None,
     ) -> Int[Tensor, "b grid grid"]:
         """The codes of these pictures of every prompt, prompt by prompt."""
@@ -154,7 +176,7 @@ class TextToImage:
         uniform = torch.cat([noise(seed, pictures, config.cells) for seed in seeds])
         drawn = []
         with arithmetic(choose(self.precision, device), device):
-            for codes in draw(self.prior, tokens.to(device), uniform, sampling or Sampling()):
+            for codes in draw(self.prior, tokens.to(device), uniform, sampling):
                 drawn.append(codes)
                 if on_token is not None:
                     on_token(len(uniform))

@@ -25,10 +25,13 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
+from dalle.console import warn
 from dalle.minifloat import SIGNED
+from dalle.optim import full_shape
 from dalle.wire import Wire
 
 IDENTITY = 1e-6  # how much of it is added before orthonormalising
+LOSSES = 3  # samples in a row in which a plain mean was faster, before the user is told
 
 
 @runtime_checkable
@@ -71,6 +74,19 @@ class Receipt:
     seconds: float
     plain_seconds: float | None = None
     cosine: float | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """For the log."""
+        told = {
+            "between_bytes": float(self.bytes),
+            "between_saved": 1 - self.bytes / max(1, self.plain_bytes),
+            "between_seconds": self.seconds,
+        }
+        if self.plain_seconds is not None:
+            told["between_plain_seconds"] = self.plain_seconds
+        if self.cosine is not None:
+            told["between_cosine"] = self.cosine
+        return told
 
 
 def paper_rank(width: int) -> int:
@@ -171,11 +187,17 @@ class PowerSGD:
         self.within, self.wire = within, Wire(between)
         self.matrices, self.rank, self.packed = frozenset(matrices), rank, factors == "16bit"
         self.start, self.sample, self.seed, self.feedback = start, sample, seed, feedback
+        self.lost = 0  # samples in a row in which a plain mean was faster
         self._matrices: dict[str, Matrix | None] = {}
         self._errors: dict[str, Tensor] = {}  # E by name of the parameter, as they are held
         self._projections: dict[str, Tensor] = {}  # Q₀ likewise
 
-    def reduce(self, pieces: Sequence[Piece], step: int) -> Receipt:
+    @property
+    def dtype(self) -> torch.dtype:
+        """How error sums are held and saved."""
+        return torch.uint16 if self.packed else torch.float32
+
+    def reduce(self, pieces: Sequence[Piece], step: int) -> Receipt | None:
         """Make `pieces` the mean over all machines, in place, for update number `step` (counted from 1).
 
         All machines hold the same pieces in the same order. What is not finite on any machine makes the norm
@@ -185,13 +207,19 @@ class PowerSGD:
         - Where P or Q is not finite, each machine keeps its error sum, unless that itself is not finite: only
           then it begins again at zero. To zero them more often hurts, says the paper.
 
+        A single machine has nothing to compress: it adds what a run on several has left unsent, and gives no
+        receipt.
+
         Source: paper, App. E.2.
         """
+        if self.wire.machines == 1:
+            self._add_the_rest(pieces)
+            return None
         sampled = bool(self.sample) and step % self.sample == 0
         true, plain_seconds = self._plain_means(pieces) if sampled else ([], None)
         began, sent = time.perf_counter(), self.wire.bytes
         matrices = [self._matrix(p) if step > self.start else None for p in pieces]
-        low = [(m, p.grad[m.begin : m.end]) for m, p in zip(matrices, pieces, strict=True) if m]
+        low = [(m, p.grad.view(-1)[m.begin : m.end]) for m, p in zip(matrices, pieces, strict=True) if m]
         full = list(_outside(matrices, pieces))
 
         bad_gradients, bad_sums = self._add_to_errors(low)
@@ -213,6 +241,7 @@ class PowerSGD:
         seconds = time.perf_counter() - began
         cosine = self._cosine(low, [t for m, t in zip(matrices, true, strict=True) if m]) if true else None
         plain_bytes = sum(piece.grad.nbytes for piece in pieces)
+        self._warn_if_it_loses(seconds, plain_seconds if low else None)
         return Receipt(norm, self.wire.bytes - sent, plain_bytes, seconds, plain_seconds, cosine)
 
     def formula(self, pieces: Sequence[Piece]) -> int:
@@ -239,22 +268,52 @@ class PowerSGD:
             found[name] = matrix.offset, total
         return found
 
-    def load(self, piece: Piece, saved: Tensor) -> None:
-        """Begin with this machine's part of what `sums` gave for a parameter; `saved` covers all of it."""
-        if matrix := self._matrix(piece):
-            sums = saved.flatten()[matrix.offset :][: matrix.numel].to(piece.grad.device)
+    def load(
+        self, name: str, shape: tuple[int, ...], offset: int, numel: int, saved: Tensor, machines: int
+    ) -> None:
+        """Begin with an equal part of what `sums` gave for a parameter on so many machines.
+
+        Args:
+            name: of the parameter.
+            shape: of all of it.
+            offset: where this process' share of it begins.
+            numel: the numbers of that share.
+            saved: the sum, which covers all of it.
+            machines: how many there were; the mean over the machines is what has not been sent, so the parts
+                stay the same where there are others now.
+        """
+        if matrix := self._plan(name, shape, offset, numel):
+            sums = saved.flatten()[matrix.offset :][: matrix.numel]
             sums = SIGNED.unpack(sums) if sums.dtype == torch.uint16 else sums
-            self._errors[matrix.name] = self._held(sums / self.wire.machines)
+            self._errors[name] = self._held(sums / machines)
 
     def _matrix(self, piece: Piece) -> Matrix | None:
-        if piece.name not in self._matrices:
-            matrix = None
-            if piece.name in self.matrices:
-                shape = tuple(getattr(piece.parameter, "ds_shape", piece.parameter.shape))
-                matrix = Matrix(piece.name, shape, piece.offset, piece.grad.numel(), self.rank)
+        return self._plan(piece.name, full_shape(piece.parameter), piece.offset, piece.grad.numel())
+
+    def _plan(self, name: str, shape: tuple[int, ...], offset: int, numel: int) -> Matrix | None:
+        """What is compressed of a share; None where nothing is, or nothing would be saved."""
+        if name not in self._matrices:
+            matrix = Matrix(name, shape, offset, numel, self.rank) if name in self.matrices else None
             worth_it = matrix is not None and 0 < matrix.factors < matrix.numel
-            self._matrices[piece.name] = matrix if worth_it else None
-        return self._matrices[piece.name]
+            self._matrices[name] = matrix if worth_it else None
+        return self._matrices[name]
+
+    def _add_the_rest(self, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            matrix, error = self._matrix(piece), self._errors.pop(piece.name, None)
+            if matrix and error is not None:
+                own = piece.grad.view(-1)[matrix.begin : matrix.end]
+                own += self._seen(error.to(own.device))
+
+    def _warn_if_it_loses(self, seconds: float, plain_seconds: float | None) -> None:
+        if plain_seconds is None:
+            return
+        self.lost = self.lost + 1 if plain_seconds < seconds else 0
+        if self.lost == LOSSES:
+            warn(
+                f"compressing the gradients between machines takes {seconds:.3g} s, a plain mean "
+                f"{plain_seconds:.3g} s: compression_rank=0 would be faster here"
+            )
 
     def _held(self, values: Tensor) -> Tensor:
         return SIGNED.pack(values) if self.packed else values
@@ -278,7 +337,7 @@ class PowerSGD:
             bad = ~_finite(gradient)
             total = torch.where(bad, 0.0, gradient)
             if (held := self._errors.get(matrix.name)) is not None and self.feedback:
-                total = total + self._seen(held)
+                total = total + self._seen(held.to(total.device))
             bad_gradients.append(bad)
             bad_sums.append(~_finite(total))
             self._errors[matrix.name] = self._held(total)
@@ -333,7 +392,8 @@ def _outside(matrices: Sequence[Matrix | None], pieces: Sequence[Piece]) -> Iter
         if matrix is None:
             yield piece.grad
         else:
-            ends = piece.grad[: matrix.begin], piece.grad[matrix.end :]
+            flat = piece.grad.view(-1)
+            ends = flat[: matrix.begin], flat[matrix.end :]
             yield from (end for end in ends if end.numel())
 
 

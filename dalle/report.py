@@ -43,7 +43,7 @@ def judge_and_report(
         "version": __version__,
         "command": command,
         "splits": {name: score.to_json() for name, score in scores.items()},
-        "sampling": vars(sampling or Sampling()) | {"seed": seed},
+        "sampling": vars(model.resolve(sampling)) | {"seed": seed},
         "machine": machine(),
         "stages": {stage: _stage(run / stage) for stage in ("dvae", "prior")},
     }

@@ -88,6 +88,7 @@ class Scaling:
                 owner |= {id(p): i for p in module.parameters()}
         # Everything outside of the resblocks counts as one more, which has no scale.
         self._owner = {n: owner.get(id(p), len(self.names)) for n, p in model.named_parameters()}
+        self._places: dict[tuple[str, ...], Tensor] = {}
 
     def update(self, gradients: Iterable[tuple[str, Tensor]]) -> bool:
         """Look through the gradients of one update and adapt the scales; whether it must be dropped.
@@ -98,9 +99,9 @@ class Scaling:
                 agreed on in one exchange among them all; the answer is waited for once.
         """
         flags = self._applied.new_zeros(len(self.names) + 1)
-        if held := dict(gradients):
-            owners = torch.tensor([self._owner[name] for name in held], device=flags.device)
-            norms = torch.stack(torch._foreach_norm(list(held.values())))  # shows what is not finite
+        if held := list(gradients):
+            owners = self._owners(tuple(name for name, _ in held))
+            norms = torch.stack(torch._foreach_norm([piece for _, piece in held]))  # shows what is not finite
             flags.index_add_(0, owners, (~norms.isfinite()).to(flags))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
@@ -110,6 +111,13 @@ class Scaling:
         self.overflowed = [name for name, bad in zip(self.names, within, strict=True) if bad]
         self.outside = outside
         return outside or any(within)
+
+    def _owners(self, names: tuple[str, ...]) -> Tensor:
+        """The places of these parameters' resblocks; kept on the device, for they seldom change."""
+        if names not in self._places:
+            places = [self._owner[name] for name in names]
+            self._places = {names: torch.tensor(places, device=self._applied.device)}
+        return self._places[names]
 
     @property
     def mendable(self) -> bool:
@@ -126,7 +134,7 @@ class Scaling:
 
     def apply(self) -> None:
         """Let the boundaries have the rule's scales."""
-        self._applied.copy_(torch.tensor(self.rule.scales) * self.micro_batches)
+        self._applied.copy_(torch.tensor(self.rule.scales) * self.micro_batches, non_blocking=True)
 
     def metrics(self) -> dict[str, list[float]]:
         """For the log: of every resblock log₂ of its scale, and how often its gradient overflowed so far."""

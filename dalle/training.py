@@ -1,20 +1,22 @@
 """The training loop of both stages."""
 
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import MISSING, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from dalle.chart import draw_scales
-from dalle.checkpoint import newest_state, save_state
+from dalle.checkpoint import Saver, SharedState, newest_state
 from dalle.config import setting
 from dalle.console import Bar, Stopwatch, duration, say, warn
 from dalle.data.loader import Loader
+from dalle.distributed import Topology
 from dalle.engine import Engine
 from dalle.errors import CheckpointError, ConfigError
 from dalle.metrics import MetricsLog, Window
@@ -28,7 +30,7 @@ class Training:
 
     steps: int = setting(MISSING, "updates in all")
     batch_size: int = setting(MISSING, "pictures per update, over all processes")
-    micro_batch: int = setting(0, "pictures per forward pass; 0: the whole batch at once")
+    micro_batch: int = setting(0, "pictures per forward pass of a process, at most; 0: its whole share")
     lr: float = setting(MISSING, "peak step size")
     beta1: float = setting(MISSING, "AdamW's decay of the mean")
     beta2: float = setting(MISSING, "AdamW's decay of the variance")
@@ -43,7 +45,17 @@ class Training:
     )
     seed: int = setting(0, "decides the weights at the start, the order of the data and all noise")
     heldout: float = setting(0.02, "share of the data kept for evaluation where it names no split")
-    workers: int = setting(1, "processes that read and prepare pictures; 0: the training process itself")
+    workers: int = setting(
+        1, "processes that read and prepare pictures for each that trains; 0: that one itself"
+    )
+    zero: int = setting(
+        1,
+        "what several processes partition: 1 the moments, 2 gradients too, 3 weights too; 0 nothing",
+        paper="3 within each machine (App. E)",
+    )
+    offload: Literal["none", "cpu"] = setting(
+        "none", "cpu: with zero of 1 to 3, moments and fp32 weights stay in main memory and change there"
+    )
     log_every: int = setting(10, "updates between two lines of metrics.jsonl")
     eval_every: int = setting(500, "updates between two evaluations on held-out data")
     eval_pictures: int = setting(256, "held-out pictures per evaluation")
@@ -72,11 +84,53 @@ class Training:
             raise ConfigError(
                 f"batch_size={self.batch_size} must be a multiple of micro_batch={self.micro_batch}"
             )
+        if self.zero not in range(4):
+            raise ConfigError(f"zero={self.zero} must be 0, 1, 2 or 3")
 
-    @property
-    def micro_batches(self) -> int:
-        """Forward passes per update."""
-        return self.batch_size // (self.micro_batch or self.batch_size)
+    def micro_batches(self, processes: int) -> int:
+        """Forward passes of each process per update: as few as `micro_batch` allows.
+
+        Raises:
+            ConfigError: the batch cannot be shared equally.
+        """
+        share, rest = divmod(self.batch_size, processes)
+        if rest:
+            raise ConfigError(
+                f"batch_size={self.batch_size} is that of all {processes} processes, so it must be a multiple"
+            )
+        largest = self.micro_batch or share
+        return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= largest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargeTraining(Training):
+    """What the paper does to train a model too large for one machine."""
+
+    moments: Literal["fp32", "16bit"] = setting(
+        "fp32",
+        "AdamW's moments of the resblocks' matrices: fp32, or 1-6-9 and 0-6-10 in half the memory",
+        paper="16 bit (App. D)",
+    )
+    compression_rank: int = setting(
+        0,
+        "total rank of the gradients that machines exchange (PowerSGD); 0: in full",
+        paper="896 (App. E.1)",
+    )
+    compression_start: int = setting(
+        200, "updates at the beginning whose gradients are averaged in full", paper="not stated"
+    )
+    compression_format: Literal["16bit", "fp32"] = setting(
+        "16bit", "how the factors are sent and the error sums held", paper="1-6-9 (App. D)"
+    )
+    compression_sample: int = setting(
+        100, "updates between two comparisons with a plain mean; 0: none", paper="not stated"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("compression_rank", "compression_start", "compression_sample"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
 
 
 SETTLED = 10  # updates after which the time left is worth saying
@@ -84,7 +138,10 @@ SETTLED = 10  # updates after which the time left is worth saying
 # What may differ between a run and its continuation without making it another run.
 CHANGEABLE = {
     "steps", "workers", "log_every", "eval_every", "eval_pictures", "save_every", "keep", "tensorboard",
+    "micro_batch", "zero", "offload", "guidance",
 }  # fmt: skip
+
+Batch: TypeAlias = tuple[Tensor, ...]
 
 
 @runtime_checkable
@@ -94,8 +151,18 @@ class Task(Protocol):
     label: str
     tokens_per_picture: int
 
-    def loss(self, batch: tuple[Tensor, ...], step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar to minimise for micro-batch `micro` of this step, and metrics to log with it."""
+    def begin(self, batches: Sequence[Batch], run: Callable[..., Any]) -> None:
+        """Look at all micro-batches of this process before an update: what their losses have in common.
+
+        A function that runs the model is called through `run`.
+        """
+
+    def loss(self, batch: Batch, step: int, positions: range) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to minimise for one micro-batch, and metrics to log with it.
+
+        The mean over the micro-batches of all processes must not depend on how the batch is divided.
+        `positions` are the places of the samples in the stream of the data; noise is keyed by them.
+        """
 
     def lr(self, step: int) -> float:
         """The step size of this update."""
@@ -104,10 +171,10 @@ class Task(Protocol):
         """Take note of an update's training loss."""
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Measure and draw on held-out data; the model holds its averaged weights."""
+        """Measure and draw on held-out data; the model holds its averaged weights.
 
-    def publish(self) -> None:
-        """Write the averaged weights for drawing; the model holds them."""
+        Every process does, and comes to the same; only the first one writes.
+        """
 
     def state(self) -> dict[str, Any]:
         """JSON values that resuming needs beyond the engine's tensors."""
@@ -119,8 +186,8 @@ class Task(Protocol):
 def keyed(device: torch.device, *key: int) -> torch.Generator:
     """A random generator that is a function of its key alone.
 
-    All noise of training is drawn from generators keyed by (seed, step, micro-batch). So a resumed
-    run repeats the uninterrupted one without any random state in the checkpoint.
+    All noise of training is drawn from generators keyed by (seed, position of the sample). So a resumed run
+    repeats the uninterrupted one without any random state in the checkpoint, in any number of processes.
     """
     seed = 0
     for number in key:
@@ -128,8 +195,24 @@ def keyed(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-def fit(task: Task, engine: Engine, loader: Loader, config: Training, folder: Path) -> bool:
-    """Train until `config.steps` updates are made; go on from the newest state under `folder`.
+class Session(NamedTuple):
+    """All that trains one stage of a run."""
+
+    task: Task
+    engine: Engine
+    loader: Loader
+    config: Training
+    folder: Path
+    topology: Topology
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes of this process per update."""
+        return self.config.micro_batches(self.topology.world)
+
+
+def fit(session: Session) -> bool:
+    """Train until `config.steps` updates are made; go on from the newest state in the folder.
 
     Logs, evaluates and saves on the way and at the end. Ctrl-C and SIGTERM save first.
 
@@ -139,58 +222,72 @@ def fit(task: Task, engine: Engine, loader: Loader, config: Training, folder: Pa
     Raises:
         CheckpointError: another process trains there, states exist but none is whole, or saving failed.
     """
+    task, engine, loader, config, folder, topology = session
     keep_freed_memory()
-    with only_process(folder), stop_signals() as stopped:
-        step = _resume(task, engine, folder)
+    with only_process(folder) if topology.main else nullcontext(), stop_signals() as stopped:
+        step = resume(session)
         if step >= config.steps:
             say(f"{task.label}: {folder} has its {step:,} steps already; a larger --steps trains on")
             return True
-        log, clock = MetricsLog(folder, step, config.tensorboard), Stopwatch()
-        window = Window(task.tokens_per_picture, clock)
-        stream = closing(loader.batches(step * config.batch_size))
-        with stream as batches, Bar(task.label, config.steps, step, clock) as bar:
+        log = MetricsLog(folder, step, config.tensorboard) if topology.main else None
+        clock = Stopwatch()
+        window, saver = Window(task.tokens_per_picture, clock), Saver(folder, config.keep, topology)
+        with closing(stream(session, step)) as batches, Bar(task.label, config.steps, step, clock) as bar:
             stopping = False
             while step < config.steps and not stopping:
-                metrics = _update(task, engine, batches, config, step, window)
-                step, stopping = step + 1, stopped()
+                metrics = update(session, batches, step, window)
+                step, stopping = step + 1, topology.any(stopped())
                 last = step == config.steps
                 if step == bar.start + SETTLED and not last:
                     say(f"{task.label}: about {duration(bar.left(step))} for the remaining steps")
-                if step % config.log_every == 0 or last:
+                if log and (step % config.log_every == 0 or last):
                     log.write(step, {**window.close(), **engine.per_resblock()})
                 tokens = bar.rate(step) * config.batch_size * task.tokens_per_picture
                 bar.show(step, {"tokens/s": f"{tokens:,.0f}", "loss": f"{metrics['loss']:.4g}"})
                 with clock.paused():
                     if step % config.eval_every == 0 or last:
                         with engine.averaged():
-                            log.write(step, task.evaluate(step))
+                            measured = engine.run(task.evaluate, step)
+                        if log:
+                            log.write(step, measured)
                     if step % config.save_every == 0 or last or stopping:
-                        _save(task, engine, config, folder, step)
-    _name_skipped(loader)
+                        saver.save(step, engine.state(), {"task": task.state()})
+                        if log and engine.scaling is not None:
+                            draw_scales(folder)
+        saver.wait()
+        topology.barrier()  # process 0 has written
+    _name_skipped(topology.gather(loader.skipped))
     if step < config.steps:
         say(f"stopped after step {step:,} of {config.steps:,}, saved; the same command goes on from there")
     return step >= config.steps
 
 
-def _update(
-    task: Task,
-    engine: Engine,
-    batches: Iterator[tuple[Tensor, ...]],
-    config: Training,
-    step: int,
-    window: Window,
-) -> dict[str, float]:
-    """One update: its metrics, averaged over the micro-batches."""
+def stream(session: Session, step: int) -> Generator[Batch, None, None]:
+    """This process' micro-batches from update `step` on: every `world`-th sample of what one would read."""
+    topology = session.topology
+    return session.loader.batches(step * session.config.batch_size + topology.rank, topology.world)
+
+
+def update(session: Session, batches: Iterator[Batch], step: int, window: Window) -> dict[str, float]:
+    """One update: its metrics, averaged over the micro-batches of all processes."""
+    task, engine, config, topology = session.task, session.engine, session.config, session.topology
+    began = time.monotonic()
+    parts = [
+        tuple(t.to(engine.device, non_blocking=True) for t in batch)
+        for batch in islice(batches, session.micro_batches)
+    ]
+    window.waited += time.monotonic() - began
+    task.begin(parts, engine.run)
     means: dict[str, float] = {}
-    for micro in range(config.micro_batches):
-        began = time.monotonic()
-        batch = tuple(t.to(engine.device, non_blocking=True) for t in next(batches))
-        window.waited += time.monotonic() - began
-        with engine.arithmetic():
-            loss, metrics = task.loss(batch, step, micro)
-        engine.backward(loss, config.micro_batches)
+    start = step * config.batch_size + topology.rank
+    for batch in parts:
+        positions = range(start, start + topology.world * len(batch[0]), topology.world)
+        start = positions.stop
+        loss, metrics = engine.run(task.loss, batch, step, positions)
+        engine.backward(loss, len(parts))
         for name, value in {"loss": loss, **metrics}.items():
-            means[name] = means.get(name, 0.0) + value.item() / config.micro_batches
+            means[name] = means.get(name, 0.0) + value.item() / len(parts)
+    means = topology.mean(means)
     lr = task.lr(step)
     health = engine.update(lr, step + 1)
     task.after(means["loss"])
@@ -199,35 +296,27 @@ def _update(
     return metrics_of_step
 
 
-def _resume(task: Task, engine: Engine, folder: Path) -> int:
+def resume(session: Session) -> int:
     """Load the newest whole state, if there is one; the number of updates it has seen."""
-    found, refused = newest_state(folder / "state")
+    task, engine, _, _, folder, topology = session
+    found, refused = newest_state(folder / "state") if topology.main else (None, [])
     for error in refused:
         warn(f"{error}; the training state before it is used")
-    if found is None:
-        if refused:
-            raise CheckpointError(
-                f"no training state in {folder / 'state'} is whole; delete it to start anew"
-            )
+    if found is None and refused:
+        raise CheckpointError(f"no training state in {folder / 'state'} is whole; delete it to start anew")
+    saved = SharedState(found, topology)
+    if saved.values is None:
         return 0
-    state, tensors = found
-    engine.load(tensors)
-    task.load(state["task"])
-    say(f"{task.label}: going on from step {state['step']:,} in {folder}")
-    return int(state["step"])
+    engine.load(saved)
+    task.load(saved.values["task"])
+    step = int(saved.values["step"])
+    say(f"{task.label}: going on from step {step:,} in {folder}")
+    return step
 
 
-def _save(task: Task, engine: Engine, config: Training, folder: Path, step: int) -> None:
-    # The weights first: were the state there without them, a finished run would never write them again.
-    with engine.averaged():
-        task.publish()
-    save_state(folder / "state", step, engine.tensors(), {"task": task.state()}, config.keep)
-    if engine.scaling is not None:
-        draw_scales(folder)
-
-
-def _name_skipped(loader: Loader) -> None:
-    for key, reason in list(loader.skipped.items())[:10]:
+def _name_skipped(skipped: Sequence[dict[str, str]]) -> None:
+    reasons = {key: reason for each in skipped for key, reason in each.items()}
+    for key, reason in list(reasons.items())[:10]:
         warn(f"skipped {key}: {reason}")
-    if loader.skipped:
-        warn(f"{len(loader.skipped):,} pictures were skipped; the next readable ones took their places")
+    if reasons:
+        warn(f"{len(reasons):,} pictures were skipped; the next readable ones took their places")

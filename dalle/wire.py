@@ -1,7 +1,8 @@
 """Means between machines, in fp32 or with 1-6-9 on the wire, and how many bytes they take."""
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +13,15 @@ from dalle.minifloat import SIGNED
 
 
 class Wire:
-    """The processes of the same ordinal on all machines.
+    """The processes of the same ordinal on all machines; this one alone where there is no group.
 
     `bytes` counts the buffers that are handed over for means, whatever the transport makes of them; a plain
     mean of gradients would be counted in the same way.
     """
 
     def __init__(self, group: Any) -> None:
-        self.group, self.machines, self.bytes = group, dist.get_world_size(group), 0
+        self.group, self.bytes = group, 0
+        self.machines = 1 if group is None else dist.get_world_size(group)
 
     def mean(self, tensors: Sequence[Tensor], *, packed: bool = False) -> list[Tensor]:
         """The means over all machines, sent together; everybody receives the same bits.
@@ -53,7 +55,8 @@ class Wire:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all machines. Not counted: it belongs to no update."""
         total = tensor.clone()
-        dist.all_reduce(total, group=self.group)
+        if self.machines > 1:
+            dist.all_reduce(total, group=self.group)
         return total
 
     def any(self, flags: Tensor) -> Tensor:
@@ -61,3 +64,17 @@ class Wire:
         up = flags.to(torch.uint8)
         dist.all_reduce(up, dist.ReduceOp.MAX, group=self.group)
         return up > 0
+
+    def same(self, tensors: Iterable[Tensor]) -> bool:
+        """Do all machines hold the same bits?"""
+        if self.machines == 1:
+            return True
+        digest, device = hashlib.sha256(), torch.device("cpu")
+        for tensor in tensors:
+            device = tensor.device
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        mine = torch.tensor(list(digest.digest()), dtype=torch.uint8, device=device)
+        highest, lowest = mine.clone(), mine
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
+        dist.all_reduce(lowest, dist.ReduceOp.MIN, group=self.group)
+        return torch.equal(highest, lowest)

@@ -7,6 +7,7 @@ Source: paper, §2.1 and App. A.2; the KL is that of the raw logits as a categor
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +19,14 @@ from stage1_dvae.model import DVAE
 
 
 def relax(
-    log_q: Float[Tensor, "b grid grid v"], tau: float, generator: torch.Generator
+    log_q: Float[Tensor, "b grid grid v"], tau: float, generators: Sequence[torch.Generator]
 ) -> Float[Tensor, "b grid grid v"]:
-    """A sample of the Gumbel-softmax relaxation, softmax((log q + Gumbel noise) / τ), over the last axis."""
-    uniform = torch.rand(log_q.shape, generator=generator, device=log_q.device)
+    """A sample of the Gumbel-softmax relaxation, softmax((log q + Gumbel noise) / τ), over the last axis.
+
+    Each picture's noise comes from a generator of its own, so that it does not depend on the others.
+    """
+    shape, device = log_q.shape[1:], log_q.device
+    uniform = torch.stack([torch.rand(shape, generator=each, device=device) for each in generators])
     gumbel = uniform.clamp_(min=2.0**-25).log_().neg_().log_().neg_()
     return torch.softmax(gumbel.add_(log_q) / tau, dim=-1)
 
@@ -29,6 +34,11 @@ def relax(
 def kl_to_uniform(log_q: Float[Tensor, "*n v"]) -> Float[Tensor, "*n"]:
     """KL(q ‖ uniform) in nats; log_q holds normalised log-probabilities. Between 0 and ln v."""
     return (log_q.exp() * log_q).sum(-1) + math.log(log_q.shape[-1])
+
+
+def posterior_mean(log_q: Float[Tensor, "b grid grid v"]) -> Float[Tensor, " v"]:
+    """How often each code is expected to be chosen."""
+    return log_q.exp().mean((0, 1, 2))
 
 
 @dataclass(frozen=True)
@@ -60,19 +70,32 @@ class Elbo:
 
 
 def elbo(
-    model: DVAE, pixels: Float[Tensor, "b 3 h w"], *, tau: float, generator: torch.Generator
+    model: DVAE,
+    pixels: Float[Tensor, "b 3 h w"],
+    *,
+    tau: float,
+    generators: Sequence[torch.Generator],
+    mean_posterior: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Elbo, Float[Tensor, "b grid grid v"], Float[Tensor, "b 6 h w"]]:
     """One relaxed sample of the bound.
+
+    Args:
+        tau: temperature of the relaxation.
+        generators: of the noise, one for each picture.
+        mean_posterior: from the mean posterior of these pictures to that of the whole batch, where they are
+            a part of one; its gradient is taken to be the part's, so that the mean over the parts is right.
 
     Returns:
         Its terms, the posterior's log-probabilities, and the decoder's output for the relaxed codes.
     """
     logits = model.logits(pixels).float().permute(0, 2, 3, 1)  # the codes last: softmax runs along memory
     log_q = torch.log_softmax(logits, dim=-1)
-    relaxed = relax(log_q, tau, generator)
+    relaxed = relax(log_q, tau, generators)
     decoded = model.decoder(relaxed.permute(0, 3, 1, 2)).float()
     nll = -log_likelihood(pixels, decoded, model.config.pixel_std).mean()
-    mean_q = log_q.exp().mean((0, 1, 2))
+    mean_q = posterior_mean(log_q)
+    if mean_posterior is not None:
+        mean_q = mean_q + (mean_posterior(mean_q.detach()) - mean_q.detach())
     usage = (mean_q * (mean_q + 1e-12).log()).sum() + math.log(len(mean_q))
     _, h, w, _ = logits.shape
     terms = Elbo(nll, kl_to_uniform(log_q).mean(), usage, positions=h * w, subpixels=pixels[0].numel())

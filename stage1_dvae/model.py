@@ -14,12 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dalle.checkpoint import load_model
+from dalle.initial import draw_seed, draw_weights
 from stage1_dvae.config import DVAEConfig
 from stage1_dvae.likelihood import map_pixels, reconstruction
 
 
 class Conv2d(nn.Module):
-    """A convolution with stride 1 and "same" zero padding; weights N(0, 1/fan-in), biases 0.
+    """A convolution with stride 1 and "same" zero padding. The model draws the weights, N(0, 1/fan-in).
 
     Args:
         fp32: compute in fp32 even where the rest runs in 16 bit: the two layers beside the codes.
@@ -28,9 +29,8 @@ class Conv2d(nn.Module):
     def __init__(self, c_in: int, c_out: int, kernel: int, *, fp32: bool = False) -> None:
         super().__init__()
         self.fp32, self.padding = fp32, (kernel - 1) // 2
-        self.w = nn.Parameter(
-            torch.empty(c_out, c_in, kernel, kernel).normal_(std=1 / math.sqrt(c_in * kernel**2))
-        )
+        self.spread = 1 / math.sqrt(c_in * kernel**2)
+        self.w = nn.Parameter(torch.empty(c_out, c_in, kernel, kernel))
         self.b = nn.Parameter(torch.zeros(c_out))
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
@@ -148,9 +148,11 @@ class DVAE(nn.Module):
 
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
+        seed = draw_seed()
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        draw_weights(((m.w, m.spread) for m in self.modules() if isinstance(m, Conv2d)), seed)
 
     @classmethod
     def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> "DVAE":

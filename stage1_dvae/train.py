@@ -1,5 +1,6 @@
 """Training the dVAE: what the loop is told, from top to bottom."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -7,23 +8,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.checkpoint import save_weights, state_folders
+from dalle.checkpoint import state_folders
 from dalle.console import say, warn
 from dalle.data.augment import centre_crop, stage1_crop
 from dalle.data.loader import Loader
 from dalle.data.open import open_source
 from dalle.data.source import Sample
-from dalle.engine import Engine
-from dalle.optim import AdamW, Average, parameter_count
+from dalle.distributed import topology
+from dalle.optim import parameter_count
 from dalle.pictures import grid, save_png, to_images, to_pixels
-from dalle.precision import best_device, choose
+from dalle.precision import best_device
 from dalle.runs import Options, Plan, machine_preset, plan
 from dalle.schedules import cosine, warmup
-from dalle.training import fit, keyed
+from dalle.training import Batch, Session, fit, keyed
+from dalle.wiring import build, make_engine, make_loader, place, precision_of, processes
+from dalle.zero import whole
 from stage1_dvae.codebook import ALARM, CodebookWindow
 from stage1_dvae.config import PRESETS, DVAETraining
 from stage1_dvae.likelihood import log_likelihood, reconstruction
-from stage1_dvae.loss import elbo
+from stage1_dvae.loss import elbo, posterior_mean
 from stage1_dvae.model import DVAE
 from stage1_dvae.start import pictures_needed, start_from_patches
 
@@ -43,42 +46,43 @@ def train(options: Options) -> bool:
     Raises:
         DalleError: settings, data or a run folder that cannot be used.
     """
+    return fit(prepare(options))
+
+
+def prepare(options: Options) -> Session:
+    """All that trains the dVAE of a run; see `train`."""
     run = resolve(options)
     config: DVAETraining = run.training
     size = run.model.image_size
-    device = best_device()
-    precision = choose(config.precision, device)
+    device, here = best_device(), topology()
+    precision = precision_of(config)
 
     source = open_source(run.data, "train", size, config.heldout)
     crop = partial(_crop, size=size, flip=config.flip)
-    loader = Loader(
-        source, crop, batch_size=config.batch_size // config.micro_batches, seed=config.seed,
-        workers=config.workers, min_side=size,
-    )  # fmt: skip
+    loader = make_loader(source, crop, config, size)
     unseen = open_source(run.data, "heldout", size, config.heldout)
     centre = partial(_centre, size=size)
     (heldout,) = Loader(unseen, centre, batch_size=1, seed=config.seed, min_side=size).first(
         config.eval_pictures
     )
 
-    torch.manual_seed(config.seed)
-    model = DVAE(run.model)
+    model = build(lambda: DVAE(run.model), config)
     if config.start == "patches" and not state_folders(run.folder / "state"):
         say("dVAE: clustering patches for a start")
         centred = Loader(source, centre, batch_size=1, seed=config.seed, min_side=size)
         (some,) = centred.first(pictures_needed(run.model))
-        start_from_patches(model, to_pixels(some), config.seed)
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload] # faster everywhere
-    optimizer = AdamW(model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
-    average = Average(model.parameters(), config.ema_decay, config.ema_every)
-    engine = Engine(model, optimizer, average, clip=config.clip, precision=precision)
+        with whole(model.parameters()):
+            start_from_patches(model, to_pixels(some), config.seed)
+    place(model, config, torch.channels_last)  # faster everywhere
+    engine = make_engine(model, config, precision)
     say(
         f"dVAE: {run.folder} · preset {run.preset} · {parameter_count(model):,} parameters · "
         f"{size}×{size} pixels ↔ {run.model.grid}×{run.model.grid} codes of {run.model.vocab_size:,} · "
-        f"{len(source):,} pictures of {run.data} · {device.type} {precision}"
+        f"{len(source):,} pictures of {run.data} · {device.type} {precision}{processes(config)}"
     )
-    run.write()
-    return fit(Stage1(model, run, heldout.to(device)), engine, loader, config, run.folder)
+    if here.main:
+        run.write()
+    return Session(Stage1(model, run, heldout.to(device)), engine, loader, config, run.folder, here)
 
 
 def _crop(sample: Sample, rng: np.random.Generator, size: int, flip: bool) -> tuple[Tensor]:
@@ -114,11 +118,33 @@ class Stage1:
         c = self.config
         return warmup(step, c.warmup) * cosine(step, c.lr_steps, c.lr, c.lr_end)
 
-    def loss(self, batch: tuple[Tensor, ...], step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def begin(self, batches: Sequence[Batch], run: Callable[..., Any]) -> None:
+        """The mean posterior of the whole batch, where it counts and is seen only in parts."""
+        self.posterior: Tensor | None = None
+        if self.config.usage_weight and len(batches) > 1:
+            means = [run(self._mean_of, pixels) for (pixels,) in batches]
+            self.posterior = self._over_processes(torch.stack(means).mean(0))
+
+    @torch.no_grad()
+    def _mean_of(self, pixels: Tensor) -> Tensor:
+        logits = self.model.logits(to_pixels(pixels)).float()
+        return posterior_mean(logits.permute(0, 2, 3, 1).log_softmax(-1))
+
+    def _over_processes(self, mean: Tensor) -> Tensor:
+        return (topology().sum(mean) / topology().world).to(mean.device)
+
+    def _mean_posterior(self, part: Tensor) -> Tensor:
+        return self._over_processes(part) if self.posterior is None else self.posterior
+
+    def loss(self, batch: Batch, step: int, positions: range) -> tuple[Tensor, dict[str, Tensor]]:
         """The negative ELBO of one micro-batch, per subpixel."""
-        noise = keyed(self.heldout.device, self.config.seed, step, micro)
+        noise = [keyed(self.heldout.device, self.config.seed, position) for position in positions]
         tau, beta = self.tau(step), self.beta(step)
-        terms, log_q, _ = elbo(self.model, to_pixels(batch[0]), tau=tau, generator=noise)
+        in_parts = self.config.usage_weight and (self.posterior is not None or topology().world > 1)
+        terms, log_q, _ = elbo(
+            self.model, to_pixels(batch[0]), tau=tau, generators=noise,
+            mean_posterior=self._mean_posterior if in_parts else None,
+        )  # fmt: skip
         self.window.add(log_q.detach().argmax(-1))
         counted = {name: torch.tensor(value) for name, value in self.window.metrics().items()}
         schedule = {"tau": torch.tensor(tau), "beta": torch.tensor(beta)}
@@ -133,8 +159,9 @@ class Stage1:
         window = CodebookWindow(self.run.model.vocab_size)
         for start in range(0, len(self.heldout), DRAWN_AT_ONCE):
             pixels = to_pixels(self.heldout[start : start + DRAWN_AT_ONCE])
-            noise = keyed(pixels.device, self.config.seed, EVALUATION, start)
-            terms, log_q, relaxed = elbo(self.model, pixels, tau=self.tau(step), generator=noise)
+            places = range(start, start + len(pixels))
+            noise = [keyed(pixels.device, self.config.seed, EVALUATION, place) for place in places]
+            terms, log_q, relaxed = elbo(self.model, pixels, tau=self.tau(step), generators=noise)
             codes = log_q.argmax(-1)
             hard = self.model.decoder.look_up(codes).float()
             hard_nll = -log_likelihood(pixels, hard, self.run.model.pixel_std).mean()
@@ -148,7 +175,7 @@ class Stage1:
             }
             for name, value in measured.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(pixels) / len(self.heldout)
-            if start == 0:
+            if start == 0 and topology().main:
                 rows = [to_images(p[:SHOWN]) for p in (pixels, reconstruction(relaxed), reconstruction(hard))]
                 save_png(self.run.folder / "pictures" / f"step-{step:08d}.png", grid(rows))
         metrics = {f"heldout_{name}": value for name, value in {**sums, **window.metrics()}.items()}
@@ -171,10 +198,6 @@ class Stage1:
                 f"only {usage:.1%} of the codes were in use lately, the codebook is dying: start anew with "
                 "--set start=patches (with one group and a patch), a larger usage_weight, or a smaller lr"
             )
-
-    def publish(self) -> None:
-        """Write the averaged weights."""
-        save_weights(self.run.folder, self.model.state_dict())
 
     def state(self) -> dict[str, Any]:
         """Nothing beyond the step: schedules are functions of it, noise is keyed by it."""

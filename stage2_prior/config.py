@@ -5,7 +5,7 @@ from typing import Literal
 
 from dalle.config import setting
 from dalle.errors import ConfigError
-from dalle.training import Training
+from dalle.training import LargeTraining
 
 OF_THE_DVAE = "it comes from the run's dVAE"
 OF_THE_TOKENIZER = "it comes from the run's tokenizer; --set bpe_vocab=… asks for another"
@@ -54,7 +54,7 @@ class PriorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorTraining(Training):
+class PriorTraining(LargeTraining):
     """How the prior trains. Source of the paper's values: §2.2 and App. B."""
 
     batch_size: int = setting(1024, "pictures per update, over all processes", paper="1,024")
@@ -81,17 +81,23 @@ class PriorTraining(Training):
     bpe_vocab: int = setting(
         16_384, "text tokens to learn where the run has no tokenizer yet", paper="16,384"
     )
+    bpe_spaces: Literal["alone", "joined"] = setting(
+        "alone",
+        "a space: a token of its own, or joined to the word after it (half as many tokens)",
+        paper="alone (author's note)",
+    )
     bpe_captions: int = setting(200_000, "captions from which they are learned, at most", paper="not stated")
     bpe_dropout: float = setting(0.1, "share of merges left out while training", paper="0.1")
+    caption_dropout: float = setting(
+        0.0, "share of pictures shown without their caption, which guidance needs", paper="none"
+    )
+    guidance: float = setting(
+        1.0, "how far drawings go beyond their distribution to what the caption adds", paper="1"
+    )
     image_start: Literal["random", "codebook"] = setting(
         "random",
         "image tokens at the start: random, or alike where the dVAE's codebook is",
         paper="not stated",
-    )
-    moments: Literal["fp32", "16bit"] = setting(
-        "fp32",
-        "AdamW's moments of the resblocks' matrices: fp32, or 1-6-9 and 0-6-10 in half the memory",
-        paper="16 bit (App. D)",
     )
     recompute: bool = setting(
         False, "recompute activations in the backward pass: less memory", paper="yes (App. D)"
@@ -99,7 +105,13 @@ class PriorTraining(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("text_weight", "bpe_dropout"):
+        if self.guidance != 1 and not self.caption_dropout:
+            raise ConfigError(
+                f"guidance={self.guidance} needs pictures without captions in training: set caption_dropout"
+            )
+        if self.guidance < 0:
+            raise ConfigError(f"guidance={self.guidance} must not be negative")
+        for name in ("text_weight", "bpe_dropout", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must lie between 0 and 1")
 
@@ -107,7 +119,7 @@ class PriorTraining(Training):
 PRESETS: dict[str, tuple[PriorConfig, PriorTraining]] = {
     # Minutes on two CPU cores. Departures from the paper are explained in docs/paper.md.
     "tiny": (
-        PriorConfig(text_length=34, depth=4, width=128, heads=4),
+        PriorConfig(text_length=20, depth=4, width=128, heads=4),
         PriorTraining(
             batch_size=16,
             steps=4_000,
@@ -118,8 +130,11 @@ PRESETS: dict[str, tuple[PriorConfig, PriorTraining]] = {
             beta2=0.98,
             ema_every=1,
             bpe_vocab=2048,
+            bpe_spaces="joined",
             bpe_captions=20_000,
             bpe_dropout=0.0,
+            caption_dropout=0.1,
+            guidance=2.0,
             image_start="codebook",
         ),
     ),
@@ -158,6 +173,6 @@ PRESETS: dict[str, tuple[PriorConfig, PriorTraining]] = {
     # Every number of the paper.
     "paper": (
         PriorConfig(),
-        PriorTraining(recompute=True, workers=8, eval_every=10_000, save_every=10_000),
+        PriorTraining(recompute=True, compression_rank=896, workers=8, eval_every=10_000, save_every=10_000),
     ),
 }

@@ -8,6 +8,7 @@ Source: paper, §2.2 and App. B.1.
 """
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle.boundary import LayerNorm, Linear, residual
 from dalle.checkpoint import load_model
+from dalle.initial import draw_seed, draw_weights
+from dalle.optim import full_shape
 from stage2_prior.attention import Attention, Cache
 from stage2_prior.config import PriorConfig
 from stage2_prior.masks import Kind, kinds
@@ -70,6 +73,7 @@ class Prior(nn.Module):
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
+        seed = draw_seed()
         self.config = config
         self.recompute = False
         width = config.width
@@ -85,36 +89,39 @@ class Prior(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.text_head = nn.Linear(width, config.text_vocab)
         self.image_head = nn.Linear(width, config.image_vocab)
-        self._initialise()
+        draw_weights(self.spreads(), seed)
 
-    def _initialise(self) -> None:
-        """Sparse Transformers' initialisation; the paper does not give its own (docs/paper.md)."""
+    def spreads(self) -> Iterator[tuple[Tensor, float]]:
+        """Every weight that is drawn at the start, with its standard deviation; 0 for those that start at 0.
+
+        As in Sparse Transformers; the paper does not give its own (docs/paper.md).
+        """
         width, residual = self.config.width, 2 * self.config.depth
         token_std = math.sqrt(SPREAD / width)
         for table in (self.text_tokens, self.padding, self.image_tokens):
-            nn.init.normal_(table.weight, std=token_std)
+            yield table.weight, token_std
         for start in (self.start_of_text, self.start_of_image):
-            nn.init.normal_(start, std=token_std)
-        nn.init.normal_(self.text_positions.weight, std=token_std)
+            yield start, token_std
+        yield self.text_positions.weight, token_std
         for table in (self.rows, self.columns):  # two of them are summed
-            nn.init.normal_(table.weight, std=token_std / math.sqrt(2))
+            yield table.weight, token_std / math.sqrt(2)
         for layer in self.layers:
             assert isinstance(layer, Layer)
             inner = ((layer.attention.qkv, 1), (layer.mlp.up, 1))
             outer = ((layer.attention.out, residual), (layer.mlp.down, residual))
             for linear, share in (*inner, *outer):
-                nn.init.normal_(linear.weight, std=math.sqrt(SPREAD / linear.in_features / share))
-                nn.init.zeros_(linear.bias)
+                yield linear.weight, math.sqrt(SPREAD / linear.in_features / share)
+                yield linear.bias, 0.0
         for head in (self.text_head, self.image_head):
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+            yield head.weight, 0.0
+            yield head.bias, 0.0
 
     def matrices(self) -> list[str]:
         """Names of the resblocks' matrices: all weights but gains, biases, embeddings and heads.
 
         These are what the paper stores in 16 bits and compresses between machines (App. D and E).
         """
-        return [f"layers.{name}" for name, p in self.layers.named_parameters() if p.ndim > 1]
+        return [f"layers.{name}" for name, p in self.layers.named_parameters() if len(full_shape(p)) > 1]
 
     @torch.no_grad()
     def start_from(self, vectors: Float[Tensor, "v c"], seed: int) -> None:

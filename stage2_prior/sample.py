@@ -9,16 +9,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle.errors import ConfigError
+from dalle.text import NO_TOKEN
 from stage2_prior.model import Prior
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a code is drawn from its distribution. The paper draws with temperature 1 and no cuts (§3.1)."""
+    """How a code is drawn from its distribution. The paper draws with temperature 1 and no cuts (§3.1).
+
+    Guidance g makes the logits u + g·(c − u), c those given the caption and u those given none (Ho and
+    Salimans 2021, arXiv:2207.12598): beyond 1 what the caption asks for counts more. The paper has none.
+    """
 
     temperature: float = 1.0  # 0: always the most probable code
     top_k: int | None = None  # only the k most probable codes
     top_p: float | None = None  # only the most probable codes that together reach probability p
+    guidance: float | None = None  # None: the model's own, or none
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -27,6 +33,8 @@ class Sampling:
             raise ConfigError(f"top_k={self.top_k} must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if self.guidance is not None and not 0 <= self.guidance < float("inf"):
+            raise ConfigError(f"guidance={self.guidance} must be a number of at least 0")
 
 
 def noise(seed: int, pictures: range, cells: int) -> Float[Tensor, "n cells"]:
@@ -74,10 +82,17 @@ def draw(
     Raises:
         ConfigError: the logits are not finite: the model's weights are broken.
     """
-    caches = model.prefill(tokens, pictures=len(uniform) // len(tokens))
+    guidance = 1.0 if how.guidance is None else how.guidance
+    guided = guidance != 1
+    n = len(uniform) // len(tokens)
+    caches = model.prefill(torch.cat([tokens, torch.full_like(tokens, NO_TOKEN)]) if guided else tokens, n)
     codes = None
     for slot in range(model.config.cells):
-        logits = model.step(codes, caches, slot)
+        before = torch.cat([codes, codes]) if guided and codes is not None else codes
+        logits = model.step(before, caches, slot)
+        if guided:
+            given, without = logits.chunk(2)
+            logits = torch.lerp(without, given, guidance)
         if not logits.isfinite().all():
             raise ConfigError(f"the prior's logits are not finite at cell {slot}: its weights are broken")
         codes = choose(logits, uniform[:, slot].to(logits.device), how)

@@ -4,7 +4,7 @@ The dVAE comes as two functions, `encode` and `decode`: this stage knows nothing
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,24 +14,24 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from dalle.checkpoint import read_json, save_weights
+from dalle.checkpoint import read_json
 from dalle.console import say, warn
 from dalle.data.augment import centre_crop, stage2_crop
 from dalle.data.loader import Loader
 from dalle.data.open import open_source
 from dalle.data.source import BadSample, Sample, Source
-from dalle.engine import Engine
+from dalle.distributed import topology
 from dalle.errors import ConfigError
-from dalle.optim import AdamW, Average, parameter_count
-from dalle.packed import PackedAdamW
+from dalle.optim import parameter_count
 from dalle.pictures import contact_sheet, save_png, to_images, to_pixels
-from dalle.precision import best_device, choose
+from dalle.precision import best_device
 from dalle.runs import Options, Plan, plan
-from dalle.scaling import Scaling
 from dalle.schedules import Plateau, cosine, warmup
-from dalle.text import Tokenizer
+from dalle.text import NO_TOKEN, Tokenizer
 from dalle.text import fit as fit_text
-from dalle.training import fit
+from dalle.training import Batch, Session, fit
+from dalle.wiring import build, make_engine, make_loader, partitioned, place, precision_of, processes
+from dalle.zero import whole
 from stage2_prior.codes import Codes
 from stage2_prior.config import PRESETS, PriorTraining
 from stage2_prior.loss import losses
@@ -76,54 +76,57 @@ def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
     Raises:
         DalleError: settings, data or a run folder that cannot be used.
     """
+    session = prepare(options, codes, preset=preset, data=data)
+    done = fit(session)
+    assert isinstance(session.task, Stage2)
+    session.task.warn_of_cuts()
+    return done
+
+
+def prepare(options: Options, codes: Codes, *, preset: str, data: str) -> Session:
+    """All that trains the prior of a run; see `train`."""
     run = resolve(options, codes, preset=preset, data=data)
     config: PriorTraining = run.training
-    device = best_device()
-    precision = choose(config.precision, device)
+    device, here = best_device(), topology()
+    precision = precision_of(config)
 
     source = open_source(run.data, "train", codes.image_size, config.heldout)
     unseen = open_source(run.data, "heldout", codes.image_size, config.heldout)
-    tokenizer = _tokenizer(run, source)
+    with here.main_first():
+        tokenizer = _tokenizer(run, source)
     run = replace(run, model=replace(run.model, text_vocab=tokenizer.vocab_size))
     words = run.model.text_length - 1
-    prepare = partial(
-        _prepare, tokenizer=tokenizer, size=codes.image_size, words=words, dropout=config.bpe_dropout
-    )
-    loader = Loader(
-        source, prepare, batch_size=config.batch_size // config.micro_batches, seed=config.seed,
-        workers=config.workers, min_side=codes.image_size,
+    prepared = partial(
+        _prepare, tokenizer=tokenizer, size=codes.image_size, words=words,
+        dropout=config.bpe_dropout, left_out=config.caption_dropout,
     )  # fmt: skip
-    centre = partial(_prepare_heldout, tokenizer=tokenizer, size=codes.image_size, words=words)
+    loader = make_loader(source, prepared, config, codes.image_size)
+    centre = partial(prepare_plainly, tokenizer=tokenizer, size=codes.image_size, words=words)
     heldout = Loader(unseen, centre, batch_size=1, seed=config.seed, min_side=codes.image_size).first(
         config.eval_pictures
     )
 
-    torch.manual_seed(config.seed)
-    model = Prior(run.model)
+    model = build(lambda: Prior(run.model), config)
     if config.image_start == "codebook":
-        model.start_from(codes.vectors, config.seed)
-    model.to(device)
-    model.recompute = config.recompute
-    adamw = AdamW if config.moments == "fp32" else partial(PackedAdamW, matrices=model.matrices())
-    optimizer = adamw(
-        model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
-        variance_limit=config.variance_limit,
+        with whole([model.image_tokens.weight, model.image_head.weight]):
+            model.start_from(codes.vectors, config.seed)
+    place(model, config)
+    # A partitioned layer would otherwise stay whole until its backward pass.
+    model.recompute = config.recompute or partitioned(config)
+    engine = make_engine(
+        model, config, precision, variance_limit=config.variance_limit, matrices=model.matrices(),
     )  # fmt: skip
-    average = Average(model.parameters(), config.ema_decay, config.ema_every)
-    scaling = Scaling(model, config.micro_batches) if precision == "fp16" else None
-    engine = Engine(model, optimizer, average, clip=config.clip, precision=precision, scaling=scaling)
     say(
         f"prior: {run.folder} · preset {run.preset} · {parameter_count(model):,} parameters · "
         f"{run.model.text_length} text + {run.model.cells} image tokens of {tokenizer.vocab_size:,} and "
-        f"{run.model.image_vocab:,} · {len(source):,} pictures of {run.data} · {device.type} {precision}"
+        f"{run.model.image_vocab:,} · {len(source):,} pictures of {run.data} · {device.type} "
+        f"{precision}{processes(config)}"
     )
-    run.write(dvae=codes.fingerprint, tokenizer=tokenizer.fingerprint())
+    if here.main:
+        run.write(dvae=codes.fingerprint, tokenizer=tokenizer.fingerprint())
     prompts = list(SCENE_PROMPTS) if run.data == "scenes" else _captions(unseen, SHOWN)
     stage = Stage2(model, run, codes, tokenizer, tuple(t.to(device) for t in heldout), prompts)
-    done = fit(stage, engine, loader, config, run.folder)
-    if stage.cut:
-        warn(f"{stage.cut:,} of {stage.seen:,} captions were cut to {words} tokens: raise text_length")
-    return done
+    return Session(stage, engine, loader, config, run.folder, here)
 
 
 def _tokenizer(run: Plan, source: Source) -> Tokenizer:
@@ -141,7 +144,7 @@ def _tokenizer(run: Plan, source: Source) -> Tokenizer:
         return Tokenizer.load(path)
     say(f"prior: learning up to {run.training.bpe_vocab:,} text tokens from the captions")
     captions = _some_captions(source, run.training.bpe_captions)
-    tokenizer = Tokenizer.train(captions, run.training.bpe_vocab)
+    tokenizer = Tokenizer.train(captions, run.training.bpe_vocab, run.training.bpe_spaces)
     tokenizer.save(path)
     return tokenizer
 
@@ -167,17 +170,26 @@ def _captions(source: Source, n: int) -> list[str]:
 
 
 def _prepare(
-    sample: Sample, rng: np.random.Generator, tokenizer: Tokenizer, size: int, words: int, dropout: float
+    sample: Sample,
+    rng: np.random.Generator,
+    tokenizer: Tokenizer,
+    size: int,
+    words: int,
+    dropout: float,
+    left_out: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     pixels = stage2_crop(sample.image, size, rng)
     caption = sample.captions[int(rng.integers(len(sample.captions)))]
     tokens, was_cut = fit_text(tokenizer.encode(caption, dropout=dropout, rng=rng), words)
+    if left_out and rng.random() < left_out:
+        tokens[:] = NO_TOKEN
     return torch.from_numpy(pixels), torch.from_numpy(tokens), torch.tensor(was_cut)
 
 
-def _prepare_heldout(
+def prepare_plainly(
     sample: Sample, _: np.random.Generator, tokenizer: Tokenizer, size: int, words: int
 ) -> tuple[Tensor, Tensor]:
+    """The middle of a sample's picture in 8 bits, and the tokens of its first caption."""
     tokens, _cut = fit_text(tokenizer.encode(sample.captions[0]), words)
     return torch.from_numpy(centre_crop(sample.image, size)), torch.from_numpy(tokens)
 
@@ -222,11 +234,16 @@ class Stage2:
             return warmup(step, c.warmup) * self.plateau.factor * c.lr
         return warmup(step, c.warmup) * cosine(step, c.steps, c.lr, c.lr_end)
 
-    def loss(self, batch: tuple[Tensor, ...], step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def begin(self, batches: Sequence[Batch], run: Callable[..., Any]) -> None:
+        """Count the text tokens of the whole batch: their loss is a mean over all of them."""
+        words = topology().sum(torch.stack([(tokens >= 0).sum() for _, tokens, _ in batches]).sum())
+        self.words = int(words) / (len(batches) * topology().world)
+
+    def loss(self, batch: Batch, step: int, positions: range) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted cross-entropy of one micro-batch."""
         pixels, tokens, cut = batch
         self.cut, self.seen = self.cut + int(cut.sum()), self.seen + len(cut)
-        text, image = losses(self.model, tokens, self.encode(pixels))
+        text, image = losses(self.model, tokens, self.encode(pixels), self.words)
         return self.weighted(text, image), self.metrics(text.detach(), image.detach())
 
     def weighted(self, text: Tensor, image: Tensor) -> Tensor:
@@ -261,20 +278,26 @@ class Stage2:
             f"{metrics['heldout_image_loss']:.3f} nats/token (codes alone {self.unigram_entropy:.3f}) · "
             f"{metrics['heldout_image_bits_per_picture']:,.0f} bits/picture"
         )
-        save_png(self.run.folder / "pictures" / f"step-{step:08d}.png", self.drawings())
+        drawings = self.drawings()
+        if topology().main:
+            save_png(self.run.folder / "pictures" / f"step-{step:08d}.png", drawings)
         return metrics
+
+    def warn_of_cuts(self) -> None:
+        """Say how many captions were too long."""
+        cut, seen = topology().sum(torch.tensor([self.cut, self.seen])).tolist()
+        if cut:
+            words = self.run.model.text_length - 1
+            warn(f"{cut:,} of {seen:,} captions were cut to {words} tokens: raise text_length")
 
     def drawings(self) -> Image:
         """One drawing of each fixed prompt, always with the same noise."""
         cells = self.run.model.cells
         uniform = noise(self.config.seed, range(len(self.prompts)), cells)
-        drawn = torch.stack(list(draw(self.model, self.prompt_tokens, uniform, Sampling())), 1)
+        how = Sampling(guidance=self.config.guidance)
+        drawn = torch.stack(list(draw(self.model, self.prompt_tokens, uniform, how)), 1)
         pixels = self.codes.decode(drawn.reshape(-1, self.codes.grid, self.codes.grid))
         return contact_sheet(to_images(pixels), self.prompts)
-
-    def publish(self) -> None:
-        """Write the averaged weights."""
-        save_weights(self.run.folder, self.model.state_dict())
 
     def state(self) -> dict[str, Any]:
         """What the plateau rule remembers."""

@@ -104,20 +104,21 @@ class Prior:
         return self.linear("text_head", x[: c.text_length]), self.linear("image_head", x[c.text_length :])
 
     def draw(
-        self, tokens: list[int], uniform: list[float], temperature: float = 1.0, top_k: int | None = None
+        self,
+        tokens: list[int],
+        uniform: list[float],
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        guidance: float = 1.0,
     ) -> list[int]:
         """A picture's codes without any cache: the whole sequence anew for every cell."""
         codes: list[int] = []
         for u in uniform:
-            unknown = [0] * (self.config.grid**2 - len(codes))
-            codes.append(
-                pick(
-                    self.logits(tokens, codes + unknown)[1][len(codes)],
-                    u,
-                    temperature=temperature,
-                    top_k=top_k,
-                )
-            )
+            known = codes + [0] * (self.config.grid**2 - len(codes))
+            captioned = self.logits(tokens, known)[1][len(codes)]
+            bare = self.logits([-1] * len(tokens), known)[1][len(codes)]
+            logits = guidance * captioned + (1 - guidance) * bare
+            codes.append(pick(logits, u, temperature=temperature, top_k=top_k))
         return codes
 
 
@@ -156,3 +157,16 @@ def cross_entropy(logits: np.ndarray, target: int) -> float:
 def numbers(tensor: Tensor) -> list[int]:
     """A row of integers as Python has them."""
     return [int(value) for value in tensor]
+
+
+def scales_of_the_paper(overflowed: list[bool]) -> list[float]:
+    """One gradient scale after every update (M = 1), in logarithms; its first value is the start."""
+    log2, last_division, seen = 13.0, -math.inf, [2.0**13]
+    for update, bad in enumerate(overflowed):
+        if not bad:
+            log2 += 1 / 1000
+        elif update - last_division >= 125:
+            log2, last_division = log2 - 1 / 2, update
+        log2 = max(7.0, min(24.0, log2))
+        seen.append(2.0**log2)
+    return seen

@@ -159,6 +159,7 @@ def test_settings_of_the_dvae_that_cannot_be(dalle, tmp_path, more, said):
         (["--set", "heads=5"], "width=12 must be a multiple of heads=5"),
         (["--set", "kernel=4"], "kernel=4 must be odd"),
         (["--set", "bpe_dropout=2"], "bpe_dropout=2.0 must lie between 0 and 1"),
+        (["--set", "guidance=2", "--set", "caption_dropout=0"], "set caption_dropout"),
         (["--set", "bpe_vocab=100"], "must be at least 256"),
     ],
 )

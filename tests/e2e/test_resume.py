@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dalle.checkpoint import load_state, state_folders
+from dalle.checkpoint import State, state_folders
 from dalle.metrics import read_metrics
 from tests.e2e.settings import dvae, options, prior
 
@@ -74,7 +74,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(dalle, straight, t
         ends.append(command.done().code)
         assert ends[-1] in (0, -signal.SIGKILL)
         for path in state_folders(run / stage / "state"):
-            load_state(path)  # what is there is whole
+            State(path)  # what is there is whole
     assert -signal.SIGKILL in ends
     assert_same(result(run / stage), result(straight / stage))
     assert not list(run.rglob("*.partial"))

@@ -90,7 +90,7 @@ def test_kl_lies_between_0_and_ln_v_and_ignores_a_shift_of_the_logits(logits, sh
 def test_relaxed_codes_lie_on_the_simplex_whatever_tau(seed, tau, v, sharpness):
     noise = torch.Generator().manual_seed(seed)
     log_q = torch.log_softmax(sharpness * torch.randn(2, 3, 3, v, generator=noise), -1)
-    relaxed = relax(log_q, tau, noise)
+    relaxed = relax(log_q, tau, [noise] * 2)
     assert (relaxed >= 0).all()
     torch.testing.assert_close(relaxed.sum(-1), torch.ones(2, 3, 3))
 

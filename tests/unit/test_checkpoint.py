@@ -16,17 +16,19 @@ from dalle import checkpoint
 from dalle.checkpoint import (
     FORMAT,
     STATE,
+    State,
+    TensorFile,
     fingerprint,
-    load_state,
     load_weights,
     newest_state,
     read_json,
     replacing,
-    save_state,
     save_weights,
     state_folders,
     write_json,
+    write_state,
 )
+from dalle.distributed import Part
 from dalle.errors import CheckpointError
 
 
@@ -41,6 +43,16 @@ def save(folder: Path, step: int, keep: int = 9) -> Path:
         "moments": {"w/exp_avg": torch.arange(5.0).expand(3, 5).t()},  # not contiguous
     }
     return save_state(folder, step, tensors, {"task": {"best": step / 7, "since": step}}, keep)
+
+
+def save_state(folder: Path, step: int, tensors, values, keep: int) -> Path:
+    parts = {f: {n: Part(tuple(t.shape), 0, t) for n, t in group.items()} for f, group in tensors.items()}
+    return write_state(folder, step, parts, values, keep)
+
+
+def load_state(path: Path):
+    state = State(path)
+    return state.values, {f: {n: state.read(f, n) for n in state.names(f)} for f in state.files()}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -60,6 +72,7 @@ class Full:
         self.calls, self.allowed = 0, allowed
         for owner, name in (
             (checkpoint, "save_file"),
+            (TensorFile, "_write"),
             (Path, "write_text"),
             (Path, "mkdir"),
             (os, "replace"),
@@ -74,6 +87,8 @@ class Full:
                 return function(*args, **kwargs)
             if name == "save_file":
                 Path(args[1]).write_bytes(b"half a file")
+            if name == "_write":
+                args[0]._file.write(args[1][: len(args[1]) // 2])
             if name == "write_text":
                 with builtins.open(args[0], "w") as file:
                     file.write(args[1][: len(args[1]) // 2])
@@ -110,7 +125,7 @@ def test_a_full_disk_at_any_point_leaves_the_earlier_states_alone(tmp_path):
         found, refused = newest_state(folder)
         assert not refused
         # the very last sync comes after the renaming: then the new state is there, and whole
-        assert found[0]["step"] == 3 or (found[0]["step"] == 5 and len(after) == 2 * len(before))
+        assert found.values["step"] == 3 or (found.values["step"] == 5 and len(after) == 2 * len(before))
 
     points = fail_at_every_point(tmp_path / "before", tmp_path, lambda f: save(f, 5), survives)
     assert points >= 8
@@ -130,7 +145,7 @@ def test_a_kill_at_any_point_leaves_the_earlier_states_alone(tmp_path, monkeypat
             os._exit(0)
         killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         found, refused = newest_state(folder)
-        assert found[0]["step"] in (3, 5)
+        assert found.values["step"] in (3, 5)
         assert not refused
         if killed == 0:
             assert allowed >= 8
@@ -250,7 +265,7 @@ def test_a_harmed_state_is_refused_by_name_and_the_one_before_taken(tmp_path, na
         data[{"flip first": 0, "flip middle": len(data) // 2, "flip last": len(data) - 1}[harm]] ^= 4
         path.write_bytes(data)
     found, refused = newest_state(tmp_path)
-    assert found[0]["step"] == 3
+    assert found.values["step"] == 3
     assert len(refused) == 1
     # a hash that was harmed accuses the file it belongs to
     one_line(refused[0], str(path.parent) if name == STATE else str(path))
@@ -293,20 +308,20 @@ def test_a_refused_newer_state_does_not_crowd_out_the_one_just_saved(tmp_path, k
     (save(tmp_path, 10) / "weights.safetensors").write_bytes(b"")
     save(tmp_path, 7, keep)  # resumed at 5
     found, refused = newest_state(tmp_path)
-    assert found[0]["step"] == 7
+    assert found.values["step"] == 7
     assert not refused
 
 
 def test_a_harmed_state_is_replaced_by_the_same_step(tmp_path):
     (save(tmp_path, 5) / STATE).write_text("{")
     save(tmp_path, 5)
-    assert newest_state(tmp_path)[0][0]["step"] == 5
+    assert newest_state(tmp_path)[0].values["step"] == 5
 
 
 def test_what_a_killed_process_left_is_never_taken_and_goes_with_the_next_state(tmp_path):
     save(tmp_path, 3)
     shutil.copytree(tmp_path / "step-00000003", tmp_path / "step-00000004.partial")
-    assert newest_state(tmp_path)[0][0]["step"] == 3
+    assert newest_state(tmp_path)[0].values["step"] == 3
     save(tmp_path, 5)
     assert sorted(os.listdir(tmp_path)) == ["step-00000003", "step-00000005"]
 

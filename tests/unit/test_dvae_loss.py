@@ -45,7 +45,8 @@ def noiseless(monkeypatch):
 def test_the_loss_does_not_depend_on_the_batch_size(model, copies):
     """Compared at beta = 1 per subpixel, so that either term shows."""
     one, many = (
-        elbo(model, pictures(1).repeat(n, 1, 1, 1), tau=0.7, generator=seeded())[0] for n in (1, copies)
+        elbo(model, pictures(1).repeat(n, 1, 1, 1), tau=0.7, generators=[seeded()] * n)[0]
+        for n in (1, copies)
     )
     # fp32 rounding of another order of summation
     for name in ("nll", "kl", "usage"):
@@ -56,8 +57,8 @@ def test_the_loss_does_not_depend_on_the_batch_size(model, copies):
 
 
 def test_a_batchs_loss_is_the_mean_of_its_pictures(model):
-    both = elbo(model, pictures(2), tau=0.7, generator=seeded())[0]
-    kls = [elbo(model, p[None], tau=0.7, generator=seeded())[0].kl for p in pictures(2)]
+    both = elbo(model, pictures(2), tau=0.7, generators=[seeded()] * 2)[0]
+    kls = [elbo(model, p[None], tau=0.7, generators=[seeded()])[0].kl for p in pictures(2)]
     torch.testing.assert_close(both.kl, (kls[0] + kls[1]) / 2, rtol=1e-5, atol=1e-6)
 
 
@@ -65,7 +66,7 @@ def test_a_batchs_loss_is_the_mean_of_its_pictures(model):
 def test_the_loss_is_the_papers_formula(model, tau):
     """(−Σ ln f + β Σ KL) / subpixels, the KL of the raw logits whatever tau."""
     pixels = pictures(3)
-    terms, log_q, decoded = elbo(model, pixels, tau=tau, generator=seeded())
+    terms, log_q, decoded = elbo(model, pixels, tau=tau, generators=[seeded()] * len(pixels))
     nll = -log_density(map_pixels(pixels), decoded[:, :3], decoded[:, 3:]).sum()
     q = model.logits(pixels).softmax(1)
     kl = (q * (q.log() + math.log(11))).sum()
@@ -114,7 +115,7 @@ def test_usage_is_0_when_all_codes_share_the_work_though_each_posterior_is_certa
         return 80.0 * torch.eye(11)[codes % 11].permute(0, 3, 1, 2)
 
     monkeypatch.setattr(model, "logits", certain)
-    terms, *_ = elbo(model, pictures(11), tau=1.0, generator=seeded())
+    terms, *_ = elbo(model, pictures(11), tau=1.0, generators=[seeded()] * 11)
     assert terms.usage.item() == pytest.approx(0, abs=1e-5)
     assert terms.kl.item() == pytest.approx(math.log(11), rel=1e-5)
 
@@ -125,7 +126,9 @@ def logits(*values: float, n: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("tau", [1.0, 0.3, 1 / 16, 1e-3])
 def test_relaxed_codes_lie_on_the_simplex(tau):
-    relaxed = relax(torch.log_softmax(5 * torch.randn(7, 3, 3, 5, generator=seeded()), -1), tau, seeded(1))
+    relaxed = relax(
+        torch.log_softmax(5 * torch.randn(7, 3, 3, 5, generator=seeded()), -1), tau, [seeded(1)] * 7
+    )
     assert relaxed.min() >= 0
     torch.testing.assert_close(relaxed.sum(-1), torch.ones(7, 3, 3))
 
@@ -133,7 +136,7 @@ def test_relaxed_codes_lie_on_the_simplex(tau):
 @pytest.mark.parametrize("tau", [1.0, 1e-3])
 def test_the_largest_relaxed_code_is_a_sample_of_the_posterior(tau):
     n, log_q = 20_000, logits(0.0, 1.0, 2.0, -1.0, 0.5, n=20_000)
-    counts = torch.bincount(relax(log_q, tau, seeded()).argmax(-1).flatten(), minlength=5)
+    counts = torch.bincount(relax(log_q, tau, [seeded()] * len(log_q)).argmax(-1).flatten(), minlength=5)
     expected = n * log_q[0, 0, 0].exp()
     chi_square = ((counts - expected).square() / expected).sum()
     assert chi_square < 18.5  # 4 degrees of freedom: exceeded once in a thousand seeds
@@ -141,14 +144,17 @@ def test_the_largest_relaxed_code_is_a_sample_of_the_posterior(tau):
 
 def test_relaxed_codes_harden_as_tau_falls():
     log_q = logits(0.0, 1.0, 2.0, -1.0, 0.5, n=2000)
-    largest = [relax(log_q, tau, seeded()).amax(-1).mean().item() for tau in (1.0, 1 / 4, 1 / 16, 1e-3)]
+    largest = [
+        relax(log_q, tau, [seeded()] * len(log_q)).amax(-1).mean().item()
+        for tau in (1.0, 1 / 4, 1 / 16, 1e-3)
+    ]
     assert largest == sorted(largest)
     assert largest[0] < 0.7
     assert largest[-1] > 0.995
 
 
 def test_noise_is_the_generators_alone(model):
-    a, b, c = (elbo(model, pictures(2), tau=0.7, generator=seeded(s))[0].nll for s in (1, 1, 2))
+    a, b, c = (elbo(model, pictures(2), tau=0.7, generators=[seeded(s)] * 2)[0].nll for s in (1, 1, 2))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
 
@@ -158,7 +164,7 @@ def test_no_uniform_draw_makes_infinite_noise(monkeypatch):
         return torch.tensor([0.0, 1 - 2**-24]).expand(shape).clone()  # the least and greatest of torch.rand
 
     monkeypatch.setattr(torch, "rand", extremes)
-    relaxed = relax(logits(0.0, 0.0, n=1), 10.0, seeded())
+    relaxed = relax(logits(0.0, 0.0, n=1), 10.0, [seeded()])
     # noise −ln(25 ln 2) = −2.85 and 24 ln 2 = 16.64
     smaller = 1 / (1 + math.exp((16.64 + 2.85) / 10))
     assert relaxed[0, 0, 0].tolist() == pytest.approx([smaller, 1 - smaller], rel=1e-3)
@@ -166,11 +172,11 @@ def test_no_uniform_draw_makes_infinite_noise(monkeypatch):
 
 def test_both_halves_learn_from_the_loss(model):
     model.zero_grad()
-    terms, *_ = elbo(model, pictures(2), tau=0.5, generator=seeded())
+    terms, *_ = elbo(model, pictures(2), tau=0.5, generators=[seeded()] * 2)
     terms.nll.backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
     model.zero_grad()
-    terms, *_ = elbo(model, pictures(2), tau=0.5, generator=seeded())
+    terms, *_ = elbo(model, pictures(2), tau=0.5, generators=[seeded()] * 2)
     terms.kl.backward()
     assert {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None} == {"encoder"}
     model.zero_grad()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dalle.checkpoint import fingerprint, save_state
+from dalle.checkpoint import fingerprint, write_state
 from dalle.errors import CheckpointError
 from dalle.info import describe_run, facts_of_run
 from tests import tiny
@@ -48,7 +48,7 @@ def test_steps_and_the_last_of_each_metric(run):
 
 def test_states_are_listed_newest_first(run):
     for step in (5, 10):
-        save_state(run / "prior" / "state", step, {}, {}, keep=2)
+        write_state(run / "prior" / "state", step, {}, {}, keep=2)
     assert facts_of_run(run)["prior"]["states"] == ["step-00000010", "step-00000005"]
     assert "to resume from: step-00000010, step-00000005" in describe_run(facts_of_run(run))
 

@@ -37,7 +37,7 @@ def step(model, each, grads, lr=1e-2):
         p.grad = grads[name].clone()
     for group in each.param_groups:
         group["lr"] = lr
-    each.limit_variance(math.sqrt(sum(float(g.square().sum()) for g in grads.values())))
+    each.grad_norm = math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
     each.step()
     each.zero_grad()
 
@@ -119,7 +119,7 @@ def test_saved_moments_continue_bit_exactly():
     for t in range(3):
         step(straight, a, gradients(straight, t))
     resumed.load_state_dict(straight.state_dict())
-    b.load_moments({name: value.clone() for name, value in a.moments().items()})
+    b.load_moments((name, value.clone()) for name, value in a.moments().items())
     for t in range(3, 6):
         step(straight, a, gradients(straight, t))
         step(resumed, b, gradients(resumed, t))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dalle.checkpoint import fingerprint
+from dalle.checkpoint import fingerprint, read_json, write_json
 from dalle.errors import CheckpointError, ConfigError, DataError
 from dalle.pipeline import AT_ONCE, TextToImage, fingerprint_of
 from stage2_prior.sample import Sampling
@@ -53,6 +53,28 @@ def test_prompts_can_have_seeds_of_their_own(model):
     assert together == apart
     with pytest.raises(DataError, match="2 seeds for 3 prompts"):
         model(PROMPTS, seed=[1, 2])
+
+
+def test_a_run_draws_with_its_own_guidance(run, model, tmp_path):
+    guided = tmp_path / "guided"
+    shutil.copytree(run, guided)
+    config = read_json(guided / "prior" / "config.json")
+    write_json(
+        guided / "prior" / "config.json", config | {"training": {"caption_dropout": 0.1, "guidance": 3.0}}
+    )
+    own = TextToImage.load(guided, device="cpu", precision="fp32")
+    assert own.resolve(None).guidance == own.resolve(Sampling(0.5)).guidance == 3.0
+    assert own.resolve(Sampling(guidance=1.5)).guidance == 1.5
+    asked = bytes_of(own(PROMPTS[0], sampling=Sampling(guidance=1.0)))
+    assert asked == bytes_of(model(PROMPTS[0]))
+    assert bytes_of(own(PROMPTS[0])) == bytes_of(own(PROMPTS[0], sampling=Sampling(guidance=3.0))) != asked
+
+
+def test_guidance_is_refused_where_every_picture_had_its_caption(model):
+    assert model.resolve(None).guidance == 1.0
+    assert bytes_of(model(PROMPTS[0], sampling=Sampling(guidance=1.0))) == bytes_of(model(PROMPTS[0]))
+    with pytest.raises(ConfigError, match=r"guidance=2\.0 needs .*caption_dropout=0\.1"):
+        model(PROMPTS[0], sampling=Sampling(guidance=2.0))
 
 
 def test_the_codes_are_the_same_too(model):

@@ -2,14 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from dalle.runs import Plan
+from dalle.scenes.source import Scenes
 from dalle.text import fit
 from stage2_prior.config import PRESETS, PriorTraining
 from stage2_prior.loss import losses
-from stage2_prior.train import Codes, Stage2
+from stage2_prior.train import Codes, Stage2, _prepare
 from tests import oracles, tiny
 
 
@@ -97,7 +99,9 @@ def test_the_loss_of_a_batch_is_that_of_the_dvaes_codes_in_raster_order(tmp_path
     pixels = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
     # Bytes that the stand-in dVAE encodes as these codes.
     pixels[:, 0, :4, :4] = (codes.reshape(3, 4, 4) / 12 * 255).round().byte()
-    loss, metrics = task.loss((pixels, tokens, torch.tensor([True, False, False])), step=0, micro=0)
+    batch = (pixels, tokens, torch.tensor([True, False, False]))
+    task.begin([batch], lambda function, *arguments: function(*arguments))
+    loss, metrics = task.loss(batch, step=0, positions=range(3))
     text, image = losses(model, tokens, codes)
     assert loss.item() == pytest.approx(text.item() / 8 + 7 * image.item() / 8, rel=1e-6)
     assert metrics["text_loss"].item() == pytest.approx(text.item())
@@ -105,3 +109,37 @@ def test_the_loss_of_a_batch_is_that_of_the_dvaes_codes_in_raster_order(tmp_path
     bits = image.item() * 16 / math.log(2)
     assert metrics["image_bits_per_picture"].item() == pytest.approx(bits)
     assert (task.cut, task.seen) == (1, 3)
+
+
+def test_captions_are_left_out_as_often_as_asked():
+    tokenizer, drawings = tiny.tokenizer(), Scenes("train", 16)
+
+    def words(i: int, left_out: float) -> int:
+        _, tokens, cut = _prepare(
+            drawings[i],
+            np.random.default_rng(i),
+            tokenizer,
+            size=16,
+            words=99,
+            dropout=0.1,
+            left_out=left_out,
+        )
+        assert not cut
+        return int((tokens >= 0).sum())
+
+    n, share = 400, 0.25
+    bare = [words(i, share) == 0 for i in range(n)]
+    assert abs(sum(bare) / n - share) < 4 * (share * (1 - share) / n) ** 0.5
+    assert [words(i, share) == 0 for i in range(n)] == bare
+    assert all(words(i, 0.0) for i in range(50))
+    assert not any(words(i, 1.0) for i in range(50))
+
+
+def test_pictures_without_captions_have_an_image_loss_alone():
+    model = tiny.prior(grid=2)
+    tokens, codes = tiny.batch(model, 4)
+    text, image = losses(model, torch.full_like(tokens, -1), codes)
+    assert text.item() == 0
+    assert image.item() == pytest.approx(
+        sum(by_hand(model, torch.full_like(tokens, -1), codes)[1]) / 16, rel=1e-5
+    )

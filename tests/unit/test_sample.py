@@ -31,7 +31,10 @@ def test_the_depths_above_cover_every_mask():
     assert {kind for depth in (1, 2, 3, 7) for kind in kinds(depth)} == {"row", "column", "conv"}
 
 
-@pytest.mark.parametrize("how", [Sampling(), Sampling(0.7, top_k=4), Sampling(0.0)])
+@pytest.mark.parametrize(
+    "how",
+    [Sampling(), Sampling(0.7, top_k=4), Sampling(0.0), Sampling(guidance=2.5), Sampling(0.9, 5, None, 0.0)],
+)
 def test_drawing_yields_the_codes_of_the_oracle_without_a_cache(how):
     model = tiny.prior(grid=3)
     tokens, _ = tiny.batch(model, 2)
@@ -39,8 +42,23 @@ def test_drawing_yields_the_codes_of_the_oracle_without_a_cache(how):
     drawn = torch.stack(list(draw(model, tokens, uniform, how)), 1)
     oracle = oracles.Prior(model)
     for row, u, caption in zip(drawn, uniform, tokens.repeat_interleave(2, 0), strict=True):
-        expected = oracle.draw(oracles.numbers(caption), u.tolist(), how.temperature, how.top_k)
+        guidance = 1.0 if how.guidance is None else how.guidance
+        expected = oracle.draw(oracles.numbers(caption), u.tolist(), how.temperature, how.top_k, guidance)
         assert oracles.numbers(row) == expected
+
+
+def test_guidance_counts_what_the_caption_adds():
+    """At 1 it changes nothing; at 0 the caption has no say."""
+    model = tiny.prior(grid=3)
+    tokens, _ = tiny.batch(model, 2)
+    uniform = noise(5, range(2), 9)
+
+    def codes(how, text=tokens):
+        return torch.stack(list(draw(model, text, uniform, how)), 1)
+
+    assert torch.equal(codes(Sampling(guidance=1.0)), codes(Sampling()))
+    assert torch.equal(codes(Sampling(guidance=0.0)), codes(Sampling(), torch.full_like(tokens, -1)))
+    assert not torch.equal(codes(Sampling(guidance=4.0)), codes(Sampling()))
 
 
 def test_drawing_leaves_prompts_and_noise_as_they_were():

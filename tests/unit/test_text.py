@@ -25,6 +25,8 @@ CAPTIONS = [
 ]
 TOKENIZER = Tokenizer.train(CAPTIONS, vocab_size=340)
 
+JOINED = Tokenizer.train(CAPTIONS, vocab_size=4096, spaces="joined")
+
 texts = st.one_of(
     st.text(),
     st.text("aegikmnoprt '.2é원빨간😀\u0301\ufe0f"),
@@ -66,6 +68,19 @@ def test_only_words_merge():
     ]
     # the variation selector after the heart is a mark, and must not become a part of the word
     assert units("❤️love 👍🏽", tokenizer) == ["❤", "\ufe0f", "love", " ", "👍", "🏽"]
+
+
+def test_a_space_may_join_the_word_after_it():
+    tokenizer = Tokenizer.train(["it's 22 dogs,  ok?!\n"] * 9, spaces="joined")
+    expected = ["it", "'", "s", " ", "2", "2", " dogs", ",", " ", " ok", "?", "!", "\n"]
+    assert units("It's 22 dogs,  ok?!\n", tokenizer) == expected
+
+
+@given(texts)
+def test_joined_spaces_keep_the_text(text):
+    assert JOINED.decode(JOINED.encode(text)) == normalise(text)
+    rng = np.random.default_rng(0)
+    assert JOINED.decode(JOINED.encode(text, dropout=0.5, rng=rng)) == normalise(text)
 
 
 def test_accents_belong_to_their_word():
@@ -214,6 +229,8 @@ def test_saved_and_loaded(tmp_path):
     assert loaded.vocab_size == 340
     for text in CAPTIONS:
         assert loaded.encode(text) == TOKENIZER.encode(text)
+    JOINED.save(path)
+    assert Tokenizer.load(path).fingerprint() == JOINED.fingerprint()
 
 
 def test_survives_the_way_to_a_worker():

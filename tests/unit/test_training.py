@@ -1,6 +1,7 @@
 """The loop: what happens when, and that a stopped run goes on as if it had not been."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,15 +11,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dalle.checkpoint import load_weights, newest_state, save_weights, state_folders
+from dalle.checkpoint import load_weights, newest_state, state_folders
 from dalle.data.loader import Loader
 from dalle.data.source import BadSample, Sample
+from dalle.distributed import ALONE
 from dalle.engine import Engine
 from dalle.errors import CheckpointError, ConfigError
 from dalle.metrics import read_metrics
 from dalle.optim import AdamW, Average
 from dalle.process import only_process
-from dalle.training import Training, fit, keyed
+from dalle.training import Session, Training, fit, keyed
 
 STEPS, BATCH = 8, 4
 TIMES = {"seconds", "pictures_per_second", "tokens_per_second", "data_wait"}
@@ -64,15 +66,20 @@ class Regression:
             clip=config.clip, precision="fp32",
         )  # fmt: skip
         self.loader = Loader(
-            Points(), prepare, batch_size=config.batch_size // config.micro_batches, seed=config.seed
+            Points(), prepare, batch_size=config.batch_size // config.micro_batches(1), seed=config.seed
         )
 
     def run(self) -> bool:
-        return fit(self, self.engine, self.loader, self.config, self.folder)
+        return fit(Session(self, self.engine, self.loader, self.config, self.folder, ALONE))
 
-    def loss(self, batch, step, micro):
+    def begin(self, batches, run):
+        assert len(batches) == 2
+
+    def loss(self, batch, step, positions):
         x, y = batch
-        assert len(x) == self.config.micro_batch
+        assert len(x) == len(positions) == self.config.micro_batch
+        assert positions.start // BATCH == step
+        micro = positions.start % BATCH // len(positions)
         self.events.append(f"loss {step}.{micro}")
         if micro == 0 and step + 1 == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -96,11 +103,6 @@ class Regression:
         assert torch.equal(self.model.weight, self.engine.average.weights[0])
         return {"heldout_loss": float(self.model.weight.sum())}
 
-    def publish(self):
-        self.events.append("publish")
-        assert torch.equal(self.model.weight, self.engine.average.weights[0])
-        save_weights(self.folder, self.model.state_dict())
-
     def state(self):
         self.events.append("state")
         return {"sum": self.sum}
@@ -121,14 +123,14 @@ def config(**changes) -> Training:
 
 def outcome(task: Regression) -> tuple[dict, list[dict]]:
     """All that training made: every tensor of the last state, its values, the published weights, the log."""
-    (state, tensors), refused = newest_state(task.folder / "state")
+    state, refused = newest_state(task.folder / "state")
     assert not refused
-    flat = {f"{file}:{name}": t for file, group in tensors.items() for name, t in group.items()}
+    flat = {f"{file}:{name}": state.read(file, name) for file in state.files() for name in state.names(file)}
     published = nn.Linear(5, 1)
     load_weights(task.folder, published)
     flat |= {f"published:{name}": w for name, w in published.state_dict().items()}
     log = [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(task.folder)]
-    return {"state": state, **flat}, log
+    return {"state": state.values, **flat}, log
 
 
 def assert_same(a, b):
@@ -157,7 +159,7 @@ def test_things_happen_in_order(tmp_path):
     assert task.run()
     step = ["loss {0}.0", "loss {0}.1", "lr {0}", "after"]
     first, second, third = ([event.format(n) for event in step] for n in range(3))
-    saved = ["publish", "state"]
+    saved = ["state"]
     assert task.events == [
         *first, *second, "evaluate 2", *saved,
         *third, "evaluate 3", *saved,
@@ -173,7 +175,7 @@ def test_a_run_stopped_at_any_step_ends_as_an_uninterrupted_one(
     assert not stopped.run()
     err = capsys.readouterr().err
     assert f"stopped after step {stop_at} of {STEPS}, saved; the same command goes on from there" in err
-    assert newest_state(tmp_path / "state")[0][0]["step"] == stop_at
+    assert newest_state(tmp_path / "state")[0].values["step"] == stop_at
     resumed = Regression(tmp_path, config(save_every=save_every))
     assert resumed.run()
     assert f"toy: going on from step {stop_at} in {tmp_path}" in capsys.readouterr().err
@@ -240,13 +242,16 @@ def test_only_so_many_states_are_kept(tmp_path):
 def test_a_run_whose_weights_could_not_be_written_is_not_taken_for_finished(tmp_path, monkeypatch):
     task = Regression(tmp_path, config(steps=2))
 
-    def full():
-        raise CheckpointError("cannot write")
+    copyfile = shutil.copyfile
 
-    monkeypatch.setattr(task, "publish", full)
-    with pytest.raises(CheckpointError):
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(CheckpointError, match="No space left"):
         task.run()
-    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
+    assert not state_folders(tmp_path / "state")
     again = Regression(tmp_path, config(steps=2))
     assert again.run()
     assert (tmp_path / "weights.safetensors").exists()
@@ -329,4 +334,4 @@ def test_noise_is_a_function_of_its_key_alone():
 def test_micro_batches_must_divide_the_batch():
     with pytest.raises(ConfigError, match="batch_size=4 must be a multiple of micro_batch=3"):
         config(micro_batch=3)
-    assert config(micro_batch=0).micro_batches == 1
+    assert config(micro_batch=0).micro_batches(1) == 1

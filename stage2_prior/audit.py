@@ -1,0 +1,63 @@
+"""Which gradients of a trained prior fp16 would lose."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dalle.audit import count, facts
+from dalle.checkpoint import read_json
+from dalle.config import from_json
+from dalle.data.loader import Loader
+from dalle.data.open import open_source
+from dalle.errors import ConfigError
+from dalle.pictures import to_pixels
+from dalle.text import Tokenizer
+from stage2_prior.codes import Codes
+from stage2_prior.config import PriorTraining
+from stage2_prior.loss import losses
+from stage2_prior.model import Prior
+from stage2_prior.train import prepare_plainly
+
+
+def audit(folder: Path, codes: Codes, batches: int, data: str | None = None) -> dict[str, Any]:
+    """Run backward passes of the prior in `folder` (R/prior) in fp32 and count its gradients.
+
+    Args:
+        codes: of the dVAE that it was trained on.
+        batches: how many, each of as many pictures as training passes through the model at once.
+        data: in place of the run's.
+
+    Returns:
+        The number of pictures, and see `dalle.audit.facts`.
+
+    Raises:
+        DalleError: there is no such prior, it was trained on another dVAE, or its data cannot be read.
+    """
+    path = folder / "config.json"
+    saved = read_json(path)
+    training = from_json(PriorTraining, saved.get("training"), str(path))
+    if saved.get("dvae") != codes.fingerprint:
+        raise ConfigError(
+            f"{folder} was trained on the dVAE {saved.get('dvae')}, the one there now is "
+            f"{codes.fingerprint}: put that one back"
+        )
+    model = Prior.load(folder, codes.vectors.device).requires_grad_()
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    source = open_source(data or saved["data"], "train", codes.image_size, training.heldout)
+    size, words = codes.image_size, model.config.text_length - 1
+    prepare = partial(prepare_plainly, tokenizer=tokenizer, size=size, words=words)
+    together = training.batch_size // training.micro_batches(1)
+    loader = Loader(source, prepare, batch_size=together, seed=training.seed, min_side=size)
+    pixels, tokens = (t.to(codes.vectors.device) for t in loader.first(batches * together))
+
+    def loss(part: slice) -> torch.Tensor:
+        with torch.no_grad():
+            seen = codes.encode(to_pixels(pixels[part])).flatten(1)
+        text, image = losses(model, tokens[part], seen)
+        return training.text_weight * text + (1 - training.text_weight) * image
+
+    parts = (slice(at, at + together) for at in range(0, len(pixels), together))
+    found = count(model.resblocks(), (partial(loss, part) for part in parts))
+    return {"pictures": len(pixels), **facts(found)}

@@ -1,0 +1,191 @@
+"""Whole runs of the command line in several processes: elastic, stopped, killed, refused."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle.checkpoint import State, newest_state, state_folders
+from dalle.metrics import read_metrics
+from tests.e2e.settings import dvae, options, prior
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 12
+OFTEN = options(batch_size=4, save_every=3, eval_every=6, log_every=1, micro_batch=2)
+ENDED = "from cli.main import main; main()"
+SOON = 30.0  # seconds in which a run that lost a process must have ended; it takes about one
+
+
+class Command:
+    """`dalle` under way in as many processes as it is told."""
+
+    def __init__(self, folder: Path, *arguments, launcher=(sys.executable, "-c", ENDED)):
+        self.err = folder / f"err-{time.monotonic_ns()}"
+        environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+        with self.err.open("wb") as file:
+            self.process = subprocess.Popen(
+                [*launcher, *map(str, arguments)], stdout=file, stderr=file, env=environ
+            )
+
+    @property
+    def said(self) -> str:
+        return self.err.read_text(errors="replace")
+
+    def members(self) -> list[int]:
+        """The processes that train, in the order of their start."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in children.read_text().split()] if children.exists() else []
+
+    def wait_for(self, words: str, seconds: float = 120.0) -> None:
+        end = time.monotonic() + seconds
+        while words not in self.said:
+            assert time.monotonic() < end, self.said
+            assert self.process.poll() is None, self.said
+            time.sleep(0.01)
+
+    def ends(self, seconds: float = 240.0) -> int:
+        try:
+            return self.process.wait(seconds)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+
+
+def losses(run: Path, stage: str) -> list[float]:
+    return [line["loss"] for line in read_metrics(run / stage) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """Both stages in one process, without a break."""
+    folder = tmp_path_factory.mktemp("straight")
+    for stage in (dvae, prior):
+        command = Command(folder, *stage(folder / "run", *OFTEN, steps=STEPS))
+        assert command.ends() == 0, command.said
+    return folder / "run"
+
+
+def begin(straight: Path, tmp_path: Path, stage: str) -> Path:
+    run = tmp_path / "run"
+    if stage == "prior":
+        shutil.copytree(straight / "dvae", run / "dvae")
+    return run
+
+
+@pytest.mark.parametrize("stage", ["dvae", "prior"])
+def test_1_2_4_and_1_processes_at_other_stages_make_the_curve_of_one(straight, tmp_path, stage):
+    run = begin(straight, tmp_path, stage)
+    command = {"dvae": dvae, "prior": prior}[stage]
+    schedule = options(lr_steps=STEPS, beta_steps=STEPS, tau_steps=STEPS) if stage == "dvae" else []
+    schedule += options(warmup=2)
+    for steps, processes, zero in ((3, 1, 0), (6, 2, 3), (9, 4, 2), (STEPS, 1, 1)):
+        more = [*OFTEN, *schedule, "--processes", processes, "--zero", zero]
+        done = Command(tmp_path, *command(run, *more, steps=steps))
+        assert done.ends() == 0, done.said
+        assert "Warning" not in done.said
+        assert len(done.said.splitlines()) < 12, done.said  # one process speaks
+    reference = tmp_path / "reference"
+    if stage == "prior":
+        shutil.copytree(straight / "dvae", reference / "dvae")
+    assert Command(tmp_path, *command(reference, *OFTEN, *schedule, steps=STEPS)).ends() == 0
+    # ±lr where Adam divides a gradient of nothing but rounding by its size: small, but not nothing
+    assert losses(run, stage) == pytest.approx(losses(reference, stage), rel=1e-3)
+    assert len(losses(run, stage)) == STEPS
+    heldout = [
+        [line for line in read_metrics(r / stage) if "heldout_loss" in line][-1] for r in (run, reference)
+    ]
+    assert heldout[0]["heldout_loss"] == pytest.approx(heldout[1]["heldout_loss"], rel=1e-3)
+    state = State(state_folders(run / stage / "state")[0])
+    weights = {n: state.read("average", n) for n in state.names("average")}
+    from safetensors.torch import load_file
+
+    published = load_file(run / stage / "weights.safetensors")
+    assert published.keys() == weights.keys()
+    assert all(torch.equal(published[name], w) for name, w in weights.items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_saves_once_ends_all_and_the_same_command_goes_on(straight, tmp_path, number):
+    run = begin(straight, tmp_path, "prior")
+    rarely = [*OFTEN, *options(save_every=10_000), "--processes", 2, "--zero", 2]
+    command = Command(tmp_path, *prior(run, *rarely, steps=5_000))
+    metrics = run / "prior" / "metrics.jsonl"
+    while not metrics.exists() or not metrics.read_text():
+        assert command.process.poll() is None, command.said
+        time.sleep(0.01)
+    members = command.members()
+    command.process.send_signal(number)
+    assert command.ends(SOON) == 1, command.said
+    assert command.said.count("finishing this step and saving") == 1
+    (saved,) = state_folders(run / "prior" / "state")
+    assert f"stopped after step {int(saved.name[5:]):,} of 5,000, saved" in command.said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in members)
+
+
+def test_killed_at_random_moments_nothing_is_lost_but_the_steps_since_the_last_save(straight, tmp_path):
+    """A shortened version of benchmarks/kill.py."""
+    moments, run = random.Random(5), begin(straight, tmp_path, "prior")
+    for kill in range(3):
+        several = [*OFTEN, *options(save_every=1), "--processes", 2, "--zero", (3, 1, 2)[kill]]
+        command = Command(tmp_path, *prior(run, *several, steps=5_000))
+        command.wait_for("going on from step" if kill else "2 processes, ZeRO")
+        time.sleep(moments.random() * 3)
+        before = state_folders(run / "prior" / "state")
+        members = command.members()
+        assert len(members) == 2, command.said
+        os.kill(members[moments.randrange(2)], signal.SIGKILL)
+        killed = time.monotonic()
+        assert command.ends(SOON) == 1
+        assert time.monotonic() - killed < SOON
+        assert "was killed (SIGKILL)" in command.said
+        assert "the same command goes on from the last save" in command.said
+        found, refused = newest_state(run / "prior" / "state")
+        assert not refused
+        if before:
+            assert found is not None
+            assert found.path >= before[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--processes", 3], "batch_size=4 is that of all 3 processes, so it must be a multiple"),
+        (["--processes", 2, "--set", "zero=4"], "zero=4 must be 0, 1, 2 or 3"),
+        (["--processes", 2, "--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_told_once_in_one_line(straight, tmp_path, more, words):
+    command = Command(tmp_path, *dvae(tmp_path / "run", *OFTEN, *more))
+    assert command.ends() == 2, command.said
+    errors = [line for line in command.said.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, command.said
+    assert words in errors[0]
+    assert "Traceback" not in command.said
+
+
+def test_torchrun_starts_the_same_run(straight, tmp_path):
+    run = tmp_path / "run"
+    program = tmp_path / "dalle.py"
+    program.write_text(ENDED)
+    torchrun = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+        str(program),
+    )
+    command = Command(tmp_path, *dvae(run, *OFTEN, "--zero", 2, steps=STEPS), launcher=torchrun)
+    assert command.ends() == 0, command.said
+    assert losses(run, "dvae") == pytest.approx(losses(straight, "dvae"), rel=1e-3)
+    assert json.loads((run / "dvae" / "config.json").read_text())["training"]["zero"] == 2
