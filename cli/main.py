@@ -74,7 +74,7 @@ Machines = Annotated[
         "--machines",
         min=1,
         help="Pretend that this machine is so many, each of --processes processes: to try how gradients are "
-        "compressed between machines (--set compression_rank=…). Several real ones are known by their launcher.",
+        "compressed between machines (--set compression_rank=…). Real ones are known by their launcher.",
         show_default=False,
     ),
 ]

@@ -208,11 +208,16 @@ class Engine:
 
     def _compare_machines(self) -> None:
         """Raises `DalleError` if the machines, which should hold the same weights, differ in a bit."""
-        if self.compression is not None and not self.compression.wire.same(self.weights()):
+        if self.compression is None:
+            return
+        if self.topology.any(not self.compression.wire.same(self._own_weights())):
             raise DalleError(
                 "the machines no longer hold the same weights: one computes otherwise, by its hardware or "
                 "its software; the state that was saved last is sound"
             )
+
+    def _own_weights(self) -> list[Tensor]:
+        return self.parameters
 
     def _errors(self) -> dict[str, dict[str, Part]]:
         """The error sums of compressed gradients, so far as this process holds them."""

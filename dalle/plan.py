@@ -144,10 +144,10 @@ def memory(
     return Memory(
         weights=4 * n / of_weights + (4 * n / of_moments if stage and on_gpu else 0),
         gradients=4 * n / of_gradients,
-        moments=(4 * matrices + 8 * rest if packed else 8 * n) / of_moments if on_gpu else 0,
-        average=4 * n / of_average if on_gpu else 0,
+        moments=(4 * matrices + 8 * rest if packed else 8 * n) / of_moments if on_gpu else 0.0,
+        average=4 * n / of_average if on_gpu else 0.0,
         errors=errors,
-        activations=max(0.0, activations),
+        activations=float(max(0, activations)),
         buffers=_buffers(n, stage, cluster),
     )
 
@@ -170,7 +170,7 @@ def paper_memory(model: PriorConfig, batch: int, shards: int) -> Memory:
     Source: paper, §3 and App. D and E.
     """
     matrices, rest = parameters(model)
-    resblock = 2 * 8 * model.width**2
+    resblock = 2.0 * 8 * model.width**2
     kept = 4.0 * batch * model.length * model.width * 2 * model.depth
     within = 2.0 * batch * model.length * 4 * model.width * 3  # hidden layer, its activation and a gradient
     return Memory(

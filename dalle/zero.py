@@ -366,6 +366,11 @@ class ZeroEngine(Engine):
         self._load_scales(saved)
         self._load_errors(saved)
 
+    def _own_weights(self) -> list[Tensor]:
+        """Without what pads the flat tensors, which may be anything."""
+        shares = [share for share in self.shares.values() if share is not None]
+        return [self.flats[share.flat].narrow(0, share.start, share.size) for share in shares]
+
     def _run_of(self, name: str) -> tuple[int, int]:
         share = self.shares[name]
         return (share.offset, share.size) if share is not None else (0, 0)

@@ -110,12 +110,10 @@ def _try(config: PriorConfig, batch: int, recompute: bool, precision: Arithmetic
 
 def parameters(config: PriorConfig) -> tuple[int, int]:
     """Numbers in the resblocks' matrices, and in everything else."""
-    with torch.device("meta"):
-        layer = Prior(replace(config, depth=1))
-    matrices = sum(layer.get_parameter(name).numel() for name in layer.matrices())
-    once = sum(p.numel() for p in layer.parameters())
-    vectors = sum(p.numel() for p in layer.layers.parameters()) - matrices
-    return config.depth * matrices, once - matrices - vectors + config.depth * vectors
+    c = config
+    vectors = c.depth * (4 + 9) * c.width  # gains and biases of two norms, biases of four matrices
+    tables = 2 * c.text_vocab + 2 * c.image_vocab + 2 * c.text_length + 2 * c.grid + 2 + 2
+    return LAYER * c.width**2 * c.depth, vectors + tables * c.width + c.text_vocab + c.image_vocab
 
 
 def flops(config: PriorConfig, recompute: bool) -> float:

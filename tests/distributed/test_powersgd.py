@@ -12,6 +12,8 @@ from dalle.minifloat import SIGNED
 from dalle.powersgd import Matrix, PowerSGD
 from tests.distributed.machines import on_machines
 
+pytestmark = pytest.mark.distributed
+
 RANK, STEPS = 4, 5
 # Name, shape of the parameter, the share held: wide, tall, with ragged ends, too small to save, a bias.
 SHARES = {
@@ -105,7 +107,8 @@ def saved_and_loaded(machine: int) -> dict[str, dict]:
             offset, total = sums[piece.name]
             whole = torch.zeros(piece.parameter.numel(), dtype=torch.uint16)
             whole[offset : offset + total.numel()] = total
-            again.load(piece, whole.view(piece.parameter.shape))
+            shape, numel = tuple(piece.parameter.shape), piece.grad.numel()
+            again.load(piece.name, shape, piece.offset, numel, whole.view(shape), machines=2)
     resumed = shares(machine, 4)
     norms = [p.reduce(each, 4).norm for p, each in ((powersgd, pieces), (again, resumed))]
     return {
