@@ -365,7 +365,8 @@ class PowerSGD:
             flag = bad.to(torch.uint8)
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.within)
             bad = flag > 0
-        return math.inf if bool(self.wire.any(bad)) else math.sqrt(float(squares))
+        # All machines clip by the same number, though each may have added its squares in its own order.
+        return math.inf if bool(self.wire.any(bad)) else math.sqrt(float(self.wire.most(squares)))
 
     def _plain_means(self, pieces: Sequence[Piece]) -> tuple[list[Tensor], float]:
         """The true means, and the seconds that they took; nothing is counted."""

@@ -59,6 +59,12 @@ class Wire:
             dist.all_reduce(total, group=self.group)
         return total
 
+    def most(self, number: Tensor) -> Tensor:
+        """The largest on any machine."""
+        largest = number.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return largest
+
     def any(self, flags: Tensor) -> Tensor:
         """Which flags are up on any machine. Not counted: a byte for each matrix."""
         up = flags.to(torch.uint8)
