@@ -72,6 +72,16 @@ Processes = Annotated[
         show_default=False,
     ),
 ]
+Machines = Annotated[
+    int | None,
+    typer.Option(
+        "--machines",
+        min=1,
+        help="Pretend that this machine is so many, each of --processes processes: to try how gradients are "
+        "compressed between machines (--set compression_rank=…). Real ones are known by their launcher.",
+        show_default=False,
+    ),
+]
 Zero = Annotated[
     int | None,
     typer.Option(
@@ -181,11 +191,12 @@ def train_prior(
     steps: Steps = None,
     settings: Settings = None,
     processes: Processes = None,
+    machines: Machines = None,
     zero: Zero = None,
     show_config: ShowConfig = False,
 ) -> None:
     """Stage 2: train the prior on the run's dVAE. The same command again goes on where it stopped."""
-    _become_several(processes, show_config)
+    _become_several(processes, show_config, machines)
     from dalle.checkpoint import read_json
     from dalle.distributed import joined
     from dalle.pipeline import codes_of
@@ -242,12 +253,13 @@ def verify_resume(
         raise typer.Exit(1)
 
 
-def _become_several(processes: int | None, show_config: bool) -> None:
-    """With --processes: run this command as so many processes, and end as they do."""
+def _become_several(processes: int | None, show_config: bool, machines: int | None = None) -> None:
+    """With --processes or --machines: run this command as so many processes, and end as they do."""
     from dalle.launch import launch, launched
 
-    if processes and processes > 1 and not launched() and not show_config:
-        raise typer.Exit(launch(processes, sys.argv[1:]))
+    local, pretended = processes or 1, machines or 1
+    if local * pretended > 1 and not launched() and not show_config:
+        raise typer.Exit(launch(local, sys.argv[1:], machines=pretended))
 
 
 def _with_zero(settings: list[str] | None, zero: int | None) -> tuple[str, ...]:
@@ -431,6 +443,63 @@ def bench(
         typer.echo(encoder.dumps(result, indent=2))
     if (path := report(result, out, quiet=json)) is not None:
         typer.echo(f"written to {path}", err=True)
+
+
+@app.command()
+def plan(
+    preset: Annotated[str, typer.Option(help="Of the prior: tiny, small, base or paper.")] = "paper",
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 1,
+    gpus_per_machine: Annotated[int, typer.Option(min=1, help="GPUs of one machine.")] = 8,
+    memory: Annotated[str, typer.Option(help="Memory of one GPU, such as 16GB.")] = "16GB",
+    zero: Annotated[
+        int | None,
+        typer.Option(min=0, max=3, help="ZeRO stage; by default the lowest that fits.", show_default=False),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Total rank of gradients between machines; 0: in full. By default the paper's rule.",
+            show_default=False,
+        ),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="TFLOP/s of one GPU's matrix products; by default measured on this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    within: Annotated[float, typer.Option(help="GB/s that a GPU sends within its machine.")] = 100.0,
+    between: Annotated[float, typer.Option(help="GB/s that a machine sends to others.")] = 12.5,
+    data: Data = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(help="Propose preset, batch and steps for --data in so many hours.", show_default=False),
+    ] = None,
+    settings: Settings = None,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:  # fmt: skip
+    """What a training of the prior takes: memory of each GPU, traffic, time; and what would fit."""
+    from dalle import plan as plans
+    from dalle.data.open import open_source
+
+    speed = rate * 1e12 if rate is not None else plans.measured_rate()
+    cluster = plans.Cluster(
+        gpus, gpus_per_machine, plans.size_in_bytes(memory), within * 1e9, between * 1e9, speed
+    )
+    if (data is None) != (hours is None):
+        raise DalleError("--data and --hours go together: both are needed to propose a run")
+    made = None
+    if data is not None and hours is not None:
+        made = plans.propose(cluster, len(open_source(data, "train", 256)), hours)
+        preset, settings = made.preset, [f"batch_size={made.batch_size}", f"steps={made.steps}"]
+    worked_out = plans.make_plan(preset, cluster, zero=zero, rank=rank, settings=tuple(settings or ()))
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(plans.facts(worked_out, made), indent=2))
+    else:
+        plans.show(worked_out, made)
 
 
 @app.command("audit-precision")

@@ -38,7 +38,7 @@ STATE = "state.json"
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL",
+    torch.uint16: "U16", torch.bool: "BOOL",
 }  # fmt: skip
 LARGE = 256 * 2**20  # bytes of weights
 

@@ -44,6 +44,8 @@ class Topology:
         local_world: how many each machine runs.
         cpu: the group of all of them for tensors in main memory.
         shards: the group over which an engine partitions and averages; all of them by default.
+        within: the group of this machine's processes, where there are several machines.
+        between: the group of the processes of the same number on all machines, likewise.
     """
 
     rank: int = 0
@@ -52,6 +54,13 @@ class Topology:
     local_world: int = 1
     cpu: Any = None
     shards: Any = None
+    within: Any = None
+    between: Any = None
+
+    @property
+    def machines(self) -> int:
+        """How many machines there are."""
+        return self.world // self.local_world
 
     @property
     def main(self) -> bool:
@@ -204,7 +213,7 @@ def joined(asked: int | None = None) -> Iterator[Topology]:
     )
     cpu = dist.new_group(backend="gloo", timeout=PATIENCE)
     console.quiet = rank > 0
-    _current = Topology(rank, world, local_rank, local_world, cpu)
+    _current = _with_machines(Topology(rank, world, local_rank, local_world, cpu))
     yield _current
     # Reached only without an error: then all leave together. One that fails just ends (`cli.main`).
     del cpu
@@ -213,6 +222,17 @@ def joined(asked: int | None = None) -> Iterator[Topology]:
     del here
     gc.collect()  # or a group that something still holds on to aborts the process at its end
     dist.destroy_process_group()
+
+
+def _with_machines(here: Topology) -> Topology:
+    """The groups of and between machines, where all run equally many processes, one machine after another."""
+    if here.machines < 2 or here.world % here.local_world:
+        return here
+    ranks = torch.arange(here.world).view(here.machines, here.local_world)
+    within = [dist.new_group(machine) for machine in ranks.tolist()]
+    between = [dist.new_group(same) for same in ranks.t().tolist()]
+    machine, number = divmod(here.rank, here.local_world)
+    return replace(here, within=within[machine], between=between[number])
 
 
 def _find_master(environ: Any = os.environ) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dalle.distributed import ALONE, Part, Topology
 from dalle.errors import DalleError
-from dalle.optim import AdamW, Average
+from dalle.optim import AdamW, Average, full_shape
+from dalle.powersgd import PowerSGD
 from dalle.precision import Arithmetic, arithmetic
 from dalle.scaling import REST, Scaling
 
@@ -55,6 +56,7 @@ class Engine:
 
     Args:
         topology: the processes whose gradients are averaged.
+        compression: averages the gradients of machines, where `topology.shards` is one of them.
     """
 
     def __init__(
@@ -67,10 +69,11 @@ class Engine:
         precision: Arithmetic,
         scaling: Scaling | None = None,
         topology: Topology = ALONE,
+        compression: PowerSGD | None = None,
     ) -> None:
         self.model, self.optimizer, self.average = model, optimizer, average
         self.clip, self.precision, self.scaling = clip, precision, scaling
-        self.topology = topology
+        self.topology, self.compression = topology, compression
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.parameters: list[Tensor] = list(self.named.values())
         self.device = self.parameters[0].device
@@ -109,7 +112,8 @@ class Engine:
         pieces = self.pieces()
         gradients = [piece.grad for piece in pieces]
         overflowed = self.scaling is not None and self.scaling.update((p.name, p.grad) for p in pieces)
-        grad_norm = self._norm(gradients)
+        receipt = self.compression.reduce(pieces, step) if self.compression is not None else None
+        grad_norm = receipt.norm if receipt is not None else self._norm(gradients)
         finite = math.isfinite(grad_norm) and not overflowed
         if finite:
             self.dropped = 0
@@ -123,14 +127,15 @@ class Engine:
                 raise DalleError(self._diagnosis(pieces))
         self._step(finite)
         self.average.update(self.weights(), step)
-        return {"grad_norm": grad_norm, "dropped_updates": float(self.dropped)}
+        told = receipt.metrics() if receipt is not None else {}
+        return {"grad_norm": grad_norm, "dropped_updates": float(self.dropped), **told}
 
     def weights(self) -> list[Tensor]:
         """What this process holds of the weights, in fp32."""
         return self.parameters
 
     def _average_gradients(self) -> None:
-        if self.topology.world == 1:
+        if self.topology.world == 1 or (size := dist.get_world_size(self.topology.shards)) == 1:
             return
         gradients = [piece.grad for piece in self.pieces()]
         buckets: list[list[Tensor]] = [[]]
@@ -140,7 +145,7 @@ class Engine:
             buckets[-1].append(gradient)
         under_way = []
         for bucket in buckets:
-            flat = torch.cat([g.flatten() for g in bucket]) / self.topology.world
+            flat = torch.cat([g.flatten() for g in bucket]) / size
             under_way.append((bucket, flat, dist.all_reduce(flat, group=self.topology.shards, async_op=True)))
         for bucket, flat, handle in under_way:
             handle.wait()
@@ -195,10 +200,54 @@ class Engine:
             "moments": self.optimizer.moments(),
             **self._scales(),
         }
-        return {
+        self._compare_machines()
+        return self._errors() | {
             file: {name: self._whole(tensor) for name, tensor in group.items()}
             for file, group in files.items()
         }
+
+    def _compare_machines(self) -> None:
+        """Raises `DalleError` if the machines, which should hold the same weights, differ in a bit."""
+        if self.compression is None:
+            return
+        if self.topology.any(not self.compression.wire.same(self._own_weights())):
+            raise DalleError(
+                "the machines no longer hold the same weights: one computes otherwise, by its hardware or "
+                "its software; the state that was saved last is sound"
+            )
+
+    def _own_weights(self) -> list[Tensor]:
+        return self.parameters
+
+    def _errors(self) -> dict[str, dict[str, Part]]:
+        """The error sums of compressed gradients, so far as this process holds them."""
+        if self.compression is None:
+            return {}
+        held = self.compression.sums()
+        empty = torch.empty(0, dtype=self.compression.dtype)
+        tells = self._tells()
+        parts = {"machines": self._whole(torch.tensor(self.compression.wire.machines))}
+        for name in sorted(self.compression.matrices):
+            offset, total = held[name] if tells and name in held else (0, empty)
+            parts[name] = Part(full_shape(self.named[name]), offset, total)
+        return {"errors": parts}
+
+    def _tells(self) -> bool:
+        return self.topology.main
+
+    def _load_errors(self, saved: Saved) -> None:
+        names = saved.names("errors")
+        machines = int(saved.read("errors", "machines")) if names else 1
+        for name in sorted(names - {"machines"}):
+            tensor = saved.read("errors", name)
+            if self.compression is not None and name in self.named:
+                self.compression.load(
+                    name, full_shape(self.named[name]), *self._run_of(name), tensor, machines
+                )
+
+    def _run_of(self, name: str) -> tuple[int, int]:
+        """Where this process' run of a parameter's gradient begins, and its length."""
+        return 0, self.named[name].numel()
 
     def _scales(self) -> dict[str, dict[str, Tensor]]:
         return {} if self.scaling is None else {"scaling": self.scaling.tensors()}
@@ -215,6 +264,7 @@ class Engine:
         names = sorted(saved.names("moments"))
         self.optimizer.load_moments((name, saved.read("moments", name)) for name in names)
         self._load_scales(saved)
+        self._load_errors(saved)
 
     def _load_scales(self, saved: Saved) -> None:
         names = sorted(saved.names("scaling"))

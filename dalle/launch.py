@@ -28,8 +28,12 @@ def launched(environ: Mapping[str, str] = os.environ) -> bool:
     return "WORLD_SIZE" in environ or "SLURM_STEP_NUM_TASKS" in environ
 
 
-def launch(processes: int, arguments: Sequence[str], program: Sequence[str] = DALLE) -> int:
+def launch(
+    processes: int, arguments: Sequence[str], program: Sequence[str] = DALLE, machines: int = 1
+) -> int:
     """Run a program, `dalle` itself, with these arguments as so many processes; the exit status of the whole.
+
+    With `machines` above 1 there are so many times more of them, as if each machine ran `processes`.
 
     Process 0 has the terminal. The others are heard only where one of them ends the run. A Ctrl-C or a
     SIGTERM is handed to process 0, which agrees with the others on when to stop; a second one ends all at
@@ -38,7 +42,7 @@ def launch(processes: int, arguments: Sequence[str], program: Sequence[str] = DA
     if not sys.platform.startswith("linux"):
         raise ConfigError(f"--processes {processes}: several processes need Linux; leave it out, or give 1")
     with tempfile.TemporaryDirectory(prefix="dalle-") as folder:
-        team = _Team(processes, [*program, *arguments], Path(folder))
+        team = _Team(processes, [*program, *arguments], Path(folder), machines)
         before = {s: signal.signal(s, team.forward) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             return team.watch()
@@ -49,7 +53,8 @@ def launch(processes: int, arguments: Sequence[str], program: Sequence[str] = DA
 
 
 class _Team:
-    def __init__(self, processes: int, command: list[str], folder: Path) -> None:
+    def __init__(self, local: int, command: list[str], folder: Path, machines: int) -> None:
+        processes = local * machines
         self.said = [folder / f"process-{rank}" for rank in range(processes)]
         self.signals = 0
         threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
@@ -58,7 +63,7 @@ class _Team:
             "GLOO_SOCKET_IFNAME": "lo",  # the name of a laptop need not lead to an address
             **os.environ,
             "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(local),
             STORE: str(folder / "store"),
             PARENT: str(os.getpid()),
         }
@@ -68,7 +73,7 @@ class _Team:
                 self.members.append(
                     subprocess.Popen(
                         command,
-                        env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank % local)},
                         stdin=subprocess.DEVNULL,
                         stdout=None if rank == 0 else file,
                         stderr=None if rank == 0 else file,

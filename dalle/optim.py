@@ -36,6 +36,7 @@ class AdamW(torch.optim.AdamW):
         super().__init__(groups, lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=True)
         self.variance_limit, self.grad_norm, self.skip = variance_limit, math.inf, False
         self.names = {id(p): n for n, p in named}
+        self.packed: frozenset[str] = frozenset()  # names of parameters with 16-bit moments
 
     def step(self, closure: Any = None) -> Any:
         """One update; `grad_norm` must be the norm of the gradient that it applies.
@@ -75,7 +76,11 @@ class AdamW(torch.optim.AdamW):
             if (p := owners.get(name)) is not None:
                 # The fused kernel walks through memory: the moments must lie as the parameter does,
                 # channels_last too, though files hold them contiguous. It wants the count beside it.
-                like = torch.empty_like(p.detach()) if value.ndim else torch.empty((), device=p.device)
+                like = (
+                    torch.empty_like(p.detach(), dtype=value.dtype)
+                    if value.ndim
+                    else torch.empty((), device=p.device)
+                )
                 self.state[p][kind] = like.copy_(value)
 
 

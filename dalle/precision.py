@@ -49,4 +49,7 @@ def arithmetic(precision: Arithmetic, device: torch.device) -> AbstractContextMa
     """The context in which forward passes run: matrix products in 16 bits, the rest and all weights fp32."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    # A pass uses each weight once. A cache of their casts would hold all of them to its end, which at twelve
+    # billion parameters is 24 GB.
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)

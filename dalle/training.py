@@ -103,6 +103,37 @@ class Training:
         return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= largest)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LargeTraining(Training):
+    """What the paper does to train a model too large for one machine."""
+
+    moments: Literal["fp32", "16bit"] = setting(
+        "fp32",
+        "AdamW's moments of the resblocks' matrices: fp32, or 1-6-9 and 0-6-10 in half the memory",
+        paper="16 bit (App. D)",
+    )
+    compression_rank: int = setting(
+        0,
+        "total rank of the gradients that machines exchange (PowerSGD); 0: in full",
+        paper="896 (App. E.1)",
+    )
+    compression_start: int = setting(
+        200, "updates at the beginning whose gradients are averaged in full", paper="not stated"
+    )
+    compression_format: Literal["16bit", "fp32"] = setting(
+        "16bit", "how the factors are sent and the error sums held", paper="1-6-9 (App. D)"
+    )
+    compression_sample: int = setting(
+        100, "updates between two comparisons with a plain mean; 0: none", paper="not stated"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("compression_rank", "compression_start", "compression_sample"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
+
+
 SETTLED = 10  # updates after which the time left is worth saying
 
 # What may differ between a run and its continuation without making it another run.

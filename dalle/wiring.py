@@ -1,6 +1,8 @@
 """From settings to a model, an engine and a loader, for one process or for several."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -8,12 +10,15 @@ from torch import nn
 
 from dalle.data.loader import Loader, Prepare
 from dalle.data.source import Source
-from dalle.distributed import topology
+from dalle.distributed import Topology, topology
 from dalle.engine import Engine
+from dalle.errors import ConfigError
 from dalle.optim import AdamW, Average
+from dalle.packed import PackedAdamW
+from dalle.powersgd import PowerSGD
 from dalle.precision import Arithmetic, best_device, choose
 from dalle.scaling import Scaling
-from dalle.training import Training
+from dalle.training import LargeTraining, Training
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -51,32 +56,84 @@ def build(kind: Callable[[], M], config: Training) -> M:
         return kind()
     from dalle.zero import partitioned_from_birth
 
-    with partitioned_from_birth():
+    with partitioned_from_birth(shards(config).shards):
         return kind()
 
 
-def make_engine(
-    model: nn.Module, config: Training, precision: Arithmetic, *, variance_limit: float | None = None
-) -> Engine:
-    """The engine that these settings and the number of processes ask for."""
+def shards(config: Training) -> Topology:
+    """This process' place; its `shards` are its machine where gradients are compressed between machines.
+
+    Raises:
+        ConfigError: machines that run unequally many processes cannot compress.
+    """
     here = topology()
+    if not isinstance(config, LargeTraining) or not config.compression_rank or here.machines < 2:
+        return here
+    if here.between is None:
+        raise ConfigError(
+            f"compression_rank needs as many processes on each machine: {here.world} in all are no multiple "
+            f"of {here.local_world}; set compression_rank=0"
+        )
+    return replace(here, shards=here.within)
+
+
+def make_compression(config: Training, matrices: Collection[str]) -> PowerSGD | None:
+    """What compresses the gradients between machines, if these settings ask for it."""
+    if not isinstance(config, LargeTraining) or not config.compression_rank:
+        return None
+    here, whole = shards(config), topology().world == 1 or config.zero == 0
+    return PowerSGD(
+        here.between, None if whole else here.within, matrices=matrices, rank=config.compression_rank,
+        factors=config.compression_format, start=config.compression_start,
+        sample=config.compression_sample, seed=config.seed,
+    )  # fmt: skip
+
+
+def make_engine(
+    model: nn.Module,
+    config: Training,
+    precision: Arithmetic,
+    *,
+    variance_limit: float | None = None,
+    matrices: Collection[str] = (),
+) -> Engine:
+    """The engine that these settings and the number of processes ask for.
+
+    Args:
+        model: to be trained.
+        config: its settings.
+        precision: of the arithmetic.
+        variance_limit: see `AdamW`.
+        matrices: parameters whose moments may be held in 16 bits and whose gradients may be compressed.
+    """
+    here = shards(config)
     micro_batches = config.micro_batches(here.world)
-    optimizer = AdamW(
+    packed = isinstance(config, LargeTraining) and config.moments == "16bit"
+    adamw = partial(PackedAdamW, matrices=matrices) if packed else AdamW
+    optimizer = adamw(
         model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
         variance_limit=variance_limit,
     )  # fmt: skip
+    compression = make_compression(config, matrices)
     scaling = Scaling(model, micro_batches) if precision == "fp16" else None
     if here.world == 1 or config.zero == 0:
         average = Average(model.parameters(), config.ema_decay, config.ema_every)
         return Engine(
-            model, optimizer, average, clip=config.clip, precision=precision, scaling=scaling, topology=here
+            model,
+            optimizer,
+            average,
+            clip=config.clip,
+            precision=precision,
+            scaling=scaling,
+            topology=here,
+            compression=compression,
         )
     from dalle.zero import ZeroEngine
 
     return ZeroEngine(
         model, optimizer, ema=(config.ema_decay, config.ema_every), clip=config.clip, precision=precision,
         scaling=scaling, topology=here, stage=config.zero, micro_batches=micro_batches,
-        offload=config.offload,
+        offload=config.offload, compression=compression,
     )  # fmt: skip
 
 

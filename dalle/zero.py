@@ -21,6 +21,7 @@ from dalle.distributed import Part, Topology
 from dalle.engine import Engine, Piece, R, Saved
 from dalle.errors import ConfigError
 from dalle.optim import AdamW, Average, full_shape
+from dalle.powersgd import PowerSGD
 from dalle.precision import Arithmetic
 from dalle.scaling import Scaling
 
@@ -81,11 +82,14 @@ def settings(stage: int, micro_batches: int, offload: str) -> dict[str, Any]:
     }
 
 
-def partitioned_from_birth() -> AbstractContextManager[object]:
-    """The context in which a model is built such that no process ever holds it whole."""
+def partitioned_from_birth(shards: Any = None) -> AbstractContextManager[object]:
+    """The context in which a model is built such that no process ever holds it whole.
+
+    `shards` are the processes that it is shared out to; by default all.
+    """
     package = deepspeed()
     # Without a dtype, which it would take for bf16 on a CPU: the settings ask for fp32.
-    return package.zero.Init(config_dict_or_path=settings(3, 1, "none"))
+    return package.zero.Init(data_parallel_group=shards, config_dict_or_path=settings(3, 1, "none"))
 
 
 @contextmanager
@@ -111,6 +115,36 @@ class _Runner(nn.Module):
     def forward(self) -> Any:
         assert self.work is not None
         return self.work()
+
+
+class _Machine:
+    """Tells DeepSpeed that the data-parallel processes are those of one machine."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def get_data_parallel_group(self) -> Any:
+        """Those that partition the model."""
+        return self.group
+
+    def get_data_parallel_world_size(self) -> int:
+        """How many they are."""
+        return dist.get_world_size(self.group)
+
+    def get_data_parallel_rank(self) -> int:
+        """Which of them this is."""
+        return dist.get_rank(self.group)
+
+    def get_model_parallel_group(self) -> None:
+        """Nobody shares the computation of one sample."""
+
+    def get_model_parallel_world_size(self) -> int:
+        """Likewise."""
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        """Likewise."""
+        return 0
 
 
 class _Share(NamedTuple):
@@ -143,6 +177,7 @@ class ZeroEngine(Engine):
         micro_batches: int,
         offload: str = "none",
         scaling: Scaling | None = None,
+        compression: PowerSGD | None = None,
     ) -> None:
         package = deepspeed()
         self.stage, self.offload = stage, offload
@@ -152,6 +187,7 @@ class ZeroEngine(Engine):
             optimizer=optimizer,
             config=settings(stage, micro_batches, offload),
             dist_init_required=False,
+            mpu=None if topology.shards is None else _Machine(topology.shards),
         )
         self.zero = self.deep.optimizer
         third = stage == 3
@@ -160,8 +196,9 @@ class ZeroEngine(Engine):
         )
         average = Average(self.flats, *ema)
         super().__init__(
-            model, optimizer, average, clip=clip, precision=precision, scaling=scaling, topology=topology
-        )
+            model, optimizer, average, clip=clip, precision=precision, scaling=scaling, topology=topology,
+            compression=compression,
+        )  # fmt: skip
         self.device = torch.device(self.deep.device)
         self.shares = {name: self._share(p) for name, p in self.named.items()}
 
@@ -279,10 +316,11 @@ class ZeroEngine(Engine):
             for kind in MOMENTS:
                 held = [self.optimizer.state[flat].get(kind) for flat in self.flats]
                 if any(moment is not None for moment in held):
-                    moments[f"{name}/{kind}"] = self._part(name, held)
+                    moments[f"{name}/{kind}"] = self._part(name, held, self._dtype(name))
             if (count := self._updates()) is not None:
                 moments[f"{name}/step"] = self._whole(count)
-        return {
+        self._compare_machines()
+        return self._errors() | {
             "weights": {name: self._part(name, self.flats) for name in self.named},
             "average": {name: self._part(name, self.average.weights) for name in self.named},
             "moments": moments,
@@ -293,10 +331,14 @@ class ZeroEngine(Engine):
         counts = [state["step"] for flat in self.flats if "step" in (state := self.optimizer.state[flat])]
         return counts[0] if counts else None
 
-    def _part(self, name: str, flats: list[Any]) -> Part:
+    def _dtype(self, name: str) -> torch.dtype:
+        """Of a parameter's moments."""
+        return torch.uint16 if name in self.optimizer.packed else torch.float32
+
+    def _part(self, name: str, flats: list[Any], dtype: torch.dtype = torch.float32) -> Part:
         share, shape = self.shares[name], full_shape(self.named[name])
         if share is None or not self._tells():
-            return Part(shape, 0, flats[0].new_empty(0))
+            return Part(shape, 0, torch.empty(0, dtype=dtype))
         return Part(shape, share.offset, flats[share.flat].narrow(0, share.start, share.size))
 
     def _tells(self) -> bool:
@@ -307,10 +349,12 @@ class ZeroEngine(Engine):
     def load(self, saved: Saved) -> None:
         """See `Engine.load`."""
         counts = [name for name in saved.names("moments") if name.endswith("/step")]
-        for flat in self.flats if counts else ():
+        for i, flat in enumerate(self.flats if counts else ()):
+            group = self.optimizer.param_groups[self.zero.sub_group_to_group_id[i] if self.stage == 3 else i]
+            dtype = torch.uint16 if group.get("packed") else flat.dtype
             self.optimizer.state[flat] = {
                 "step": saved.read("moments", min(counts)).to(flat.device),
-                **{kind: torch.zeros_like(flat) for kind in MOMENTS},
+                **{kind: torch.zeros_like(flat, dtype=dtype) for kind in MOMENTS},
             }
         for name in self.named:
             self._take(saved, "weights", name, name, self.flats)
@@ -320,6 +364,16 @@ class ZeroEngine(Engine):
                 self._take(saved, "moments", f"{name}/{kind}", name, held)
         self._show(self.flats)
         self._load_scales(saved)
+        self._load_errors(saved)
+
+    def _own_weights(self) -> list[Tensor]:
+        """Without what pads the flat tensors, which may be anything."""
+        shares = [share for share in self.shares.values() if share is not None]
+        return [self.flats[share.flat].narrow(0, share.start, share.size) for share in shares]
+
+    def _run_of(self, name: str) -> tuple[int, int]:
+        share = self.shares[name]
+        return (share.offset, share.size) if share is not None else (0, 0)
 
     def _take(self, saved: Saved, file: str, key: str, name: str, flats: list[Tensor]) -> None:
         if key not in saved.names(file):
@@ -331,4 +385,5 @@ class ZeroEngine(Engine):
     def close(self) -> None:
         """Let go of everything that would hold on to the process group."""
         self.deep.destroy()
+        deepspeed().utils.groups.mpu = None  # or the next engine would have this one's
         del self.deep, self.zero, self.flats

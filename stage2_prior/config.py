@@ -5,7 +5,7 @@ from typing import Literal
 
 from dalle.config import setting
 from dalle.errors import ConfigError
-from dalle.training import Training
+from dalle.training import LargeTraining
 
 Backend = Literal["auto", "dense", "block", "flex"]
 
@@ -56,7 +56,7 @@ class PriorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorTraining(Training):
+class PriorTraining(LargeTraining):
     """How the prior trains. Source of the paper's values: §2.2 and App. B."""
 
     batch_size: int = setting(1024, "pictures per update, over all processes", paper="1,024")
@@ -184,6 +184,6 @@ PRESETS: dict[str, tuple[PriorConfig, PriorTraining]] = {
     # Every number of the paper.
     "paper": (
         PriorConfig(),
-        PriorTraining(recompute=True, workers=8, eval_every=10_000, save_every=10_000),
+        PriorTraining(recompute=True, compression_rank=896, workers=8, eval_every=10_000, save_every=10_000),
     ),
 }

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from dalle.boundary import LayerNorm, Linear, residual
 from dalle.checkpoint import load_model
 from dalle.initial import draw_seed, draw_weights
+from dalle.optim import full_shape
 from stage2_prior.attention import Attention
 from stage2_prior.backends import BACKENDS
 from stage2_prior.config import Backend, PriorConfig
@@ -127,6 +128,13 @@ class Prior(nn.Module):
         for head in (self.text_head, self.image_head):
             yield head.weight, 0.0
             yield head.bias, 0.0
+
+    def matrices(self) -> list[str]:
+        """Names of the resblocks' matrices: all weights but gains, biases, embeddings and heads.
+
+        These are what the paper stores in 16 bits and compresses between machines (App. D and E).
+        """
+        return [f"layers.{name}" for name, p in self.layers.named_parameters() if len(full_shape(p)) > 1]
 
     @torch.no_grad()
     def start_from(self, vectors: Float[Tensor, "v c"], seed: int) -> None:

@@ -120,7 +120,9 @@ def prepare(options: Options, codes: Codes, *, preset: str, data: str) -> Sessio
     # A partitioned layer would otherwise stay whole until its backward pass.
     model.recompute = config.recompute or partitioned(config)
     model.attend_by(attention)
-    engine = make_engine(model, config, precision, variance_limit=config.variance_limit)
+    engine = make_engine(
+        model, config, precision, variance_limit=config.variance_limit, matrices=model.matrices(),
+    )  # fmt: skip
     say(
         f"prior: {run.folder} · preset {run.preset} · {parameter_count(model):,} parameters · "
         f"{run.model.text_length} text + {run.model.cells} image tokens of {tokenizer.vocab_size:,} and "

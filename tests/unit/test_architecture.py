@@ -17,6 +17,7 @@ LEVEL = {
     "dalle.pipeline": 2,
     "dalle.drawings": 2,
     "dalle.bench": 3,
+    "dalle.plan": 2,
     "dalle.evaluate": 3,
     "dalle.report": 4,
     "dalle.demo": 5,

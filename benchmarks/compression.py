@@ -1,0 +1,131 @@
+"""A prior on two machines of two processes, with and without compression between them: docs/compression.svg.
+
+    python -m benchmarks.compression docs/compression.svg
+
+The machines are pretended: four processes on this one. The data are 2,048 built-in scenes as the built-in
+dVAE codes them, folded to 256 codes: embeddings, which are never compressed, stay small beside the matrices.
+"""
+
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dalle.builtin import FOLDER
+from dalle.chart import curves, svg
+from dalle.data.augment import centre_crop
+from dalle.data.open import open_source
+from dalle.distributed import joined, topology
+from dalle.launch import launch
+from dalle.pictures import to_pixels
+from dalle.pipeline import codes_of
+from dalle.text import Tokenizer
+from dalle.text import fit as fit_text
+from dalle.training import LargeTraining, keyed
+from dalle.wiring import build, make_engine
+from stage2_prior.config import PriorConfig
+from stage2_prior.loss import losses
+from stage2_prior.model import Prior
+
+STEPS, BATCH, PICTURES, FOLDED = 300, 16, 2048, 256
+WARM, LR, RANK, START, LAST = 30, 2e-3, 24, 30, 50
+RUNS: dict[str, dict[str, Any]] = {
+    "averaged in full": {"compression_start": STEPS},
+    f"rank {RANK}, 16 bits": {"compression_start": START},
+    "without error feedback": {"compression_start": START, "feedback": False},
+}
+
+
+def write_data(path: Path) -> None:
+    """Tokens and codes of the scenes."""
+    codes, source = codes_of(FOLDER), open_source("scenes", "train", 64)
+    tokenizer = Tokenizer.load(FOLDER / "prior" / "tokenizer.json")
+    samples = [source[i] for i in range(PICTURES)]
+    pixels = torch.from_numpy(np.stack([centre_crop(s.image, 64) for s in samples]))
+    grids = torch.cat([codes.encode(to_pixels(part)).flatten(1) for part in pixels.split(64)])
+    rows = [fit_text(tokenizer.encode(s.captions[0]), 19)[0] for s in samples]
+    torch.save({"codes": grids % FOLDED, "tokens": torch.from_numpy(np.stack(rows))}, path)
+
+
+def train(data: dict[str, torch.Tensor], feedback: bool = True, **changes: Any) -> dict[str, Any]:
+    """Losses and receipts of one run."""
+    config = LargeTraining(
+        steps=STEPS, batch_size=BATCH, lr=LR, beta1=0.9, beta2=0.96, weight_decay=0.045, clip=4.0, zero=2,
+        ema_decay=0.99, ema_every=25, precision="fp32", compression_rank=RANK, compression_sample=10,
+        **changes,
+    )  # fmt: skip
+    shape = PriorConfig(
+        text_length=20, text_vocab=int(data["tokens"].max()) + 1, image_vocab=FOLDED, grid=8, depth=6,
+        width=192, heads=6,
+    )  # fmt: skip
+    model = build(lambda: Prior(shape), config)
+    engine = make_engine(model, config, "fp32", matrices=model.matrices())
+    assert engine.compression is not None
+    engine.compression.feedback = feedback
+    here, found, seconds = topology(), [], []
+    for step in range(STEPS):
+        began = time.perf_counter()
+        random = keyed(torch.device("cpu"), 1, step)
+        mine = torch.randint(PICTURES, (BATCH,), generator=random)[here.rank :: here.world]
+        text, image = engine.run(losses, model, data["tokens"][mine], data["codes"][mine])
+        loss = text / 8 + image * 7 / 8
+        engine.backward(loss, 1)
+        receipt = engine.update(LR * min(1.0, (step + 1) / WARM), step + 1)
+        found.append({**receipt, "loss": here.mean({"loss": loss.item()})["loss"]})
+        seconds.append(time.perf_counter() - began)
+    engine._compare_machines()
+    engine.close()  # type: ignore[attr-defined]
+    return {"lines": found, "seconds": statistics.median(seconds)}
+
+
+def work(data: Path, out: Path) -> None:
+    """What each process does."""
+    torch.set_num_threads(1)
+    with joined() as here:
+        results = {name: train(torch.load(data), **changes) for name, changes in RUNS.items()}
+        if here.main:
+            out.write_text(json.dumps(results))
+
+
+def smooth(values: list[float], over: int = 10) -> list[tuple[float, float]]:
+    """A mean over the last few."""
+    return [(i, statistics.mean(values[max(0, i - over) : i])) for i in range(1, len(values) + 1)]
+
+
+def main(out: Path) -> None:
+    """Train all, draw, print."""
+    with tempfile.TemporaryDirectory() as folder:
+        data, results = Path(folder) / "data.pt", Path(folder) / "results.json"
+        write_data(data)
+        arguments = ["-m", "benchmarks.compression", "work", str(data), str(results)]
+        assert launch(2, arguments, [sys.executable], machines=2) == 0
+        runs = json.loads(results.read_text())
+    losses = {name: [line["loss"] for line in run["lines"]] for name, run in runs.items()}
+    drawn = curves({name: smooth(values) for name, values in losses.items()})
+    out.write_text(svg(drawn, "Training loss on two machines", width=560, height=260), encoding="utf-8")
+    full = statistics.mean(losses["averaged in full"][-LAST:])
+    for name, run in runs.items():
+        loss, last = statistics.mean(losses[name][-LAST:]), run["lines"][-1]
+        cosines = [line["between_cosine"] for line in run["lines"] if "between_cosine" in line]
+        plain = [line["between_plain_seconds"] for line in run["lines"] if "between_plain_seconds" in line]
+        reduction = statistics.median(line["between_seconds"] for line in run["lines"][START:])
+        print(
+            f"| {name} | {loss:.4f} | {loss / full - 1:+.2%} | {last['between_bytes'] / 1e6:.3f} MB "
+            f"| {last['between_saved']:.1%} | {statistics.mean(cosines) if cosines else math.nan:.2f} "
+            f"| {1e3 * run['seconds']:.0f} ms | {1e3 * reduction:.0f} ms "
+            f"| {1e3 * statistics.median(plain):.0f} ms |"
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "work":
+        work(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        main(Path(sys.argv[1]))

@@ -1,0 +1,100 @@
+"""AdamW that keeps the moments of large matrices in 16 bits."""
+
+import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dalle.minifloat import SIGNED, UNSIGNED
+from dalle.optim import AdamW, full_shape
+
+CHUNK = 2**16  # numbers unpacked at a time: they stay in the cache from unpacking to packing
+SMALL = 8192  # tensors of fewer numbers keep fp32 moments
+
+
+class PackedAdamW(AdamW):
+    """`AdamW` with running means in 1-6-9 and running variances in 0-6-10 where that pays.
+
+    The moments are unpacked to fp32, updated by the same fused kernel and packed again, a chunk at a time:
+    four bytes a parameter instead of eight. Gains, biases and what else is not in `matrices` keep fp32
+    moments, and so does whatever has fewer than `SMALL` numbers. All parameters of a group have moments of
+    one kind, so that an engine may join and cut the parameters of a group.
+
+    Args:
+        model: whose parameters are trained.
+        matrices: names of the parameters whose moments may be packed.
+
+    Source: paper, §3 and App. D; the limit of 8,192 is openai/blocksparse's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        matrices: Collection[str],
+        betas: tuple[float, float],
+        weight_decay: float,
+        variance_limit: float | None = None,
+    ) -> None:
+        super().__init__(model, betas=betas, weight_decay=weight_decay, variance_limit=variance_limit)
+        large = {
+            name: p
+            for name, p in model.named_parameters()
+            if name in matrices
+            and p.requires_grad
+            and math.prod(full_shape(p)) >= SMALL
+            and p.is_contiguous()
+        }
+        self.packed = frozenset(large)
+        chosen = set(map(id, large.values()))
+        for group in self.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in chosen]
+        if large:
+            self.add_param_group({"params": list(large.values()), "packed": True})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """See `AdamW.step`."""
+        with self._groups(packed=False):
+            loss = super().step(closure)
+        with self._groups(packed=True) as groups:
+            for group in [] if self.skip else groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self._update(p, p.grad, group)
+        return loss
+
+    @contextmanager
+    def _groups(self, *, packed: bool) -> Iterator[list[dict[str, Any]]]:
+        """Only the groups of this kind stand in `param_groups`."""
+        every = self.param_groups
+        self.param_groups = [group for group in every if group.get("packed", False) == packed]
+        try:
+            yield self.param_groups
+        finally:
+            self.param_groups = every
+
+    def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), device=p.device)
+            for kind in ("exp_avg", "exp_avg_sq"):
+                state[kind] = torch.zeros_like(p, dtype=torch.uint16)
+        state["step"] += 1
+        (beta1, beta2), limit = group["betas"], self.variance_limit
+        parts = (t.view(-1).split(CHUNK) for t in (p, grad, state["exp_avg"], state["exp_avg_sq"]))
+        for weights, gradient, means, variances in zip(*parts, strict=True):
+            mean, variance = SIGNED.unpack(means), UNSIGNED.unpack(variances)
+            if limit is not None and self.grad_norm**2 > limit:
+                room = (limit - (1 - beta2) * gradient.square()) / beta2
+                torch.minimum(variance, room.clamp_min_(0), out=variance)
+            torch._fused_adamw_(
+                [weights], [gradient], [mean], [variance], [], [state["step"]],
+                lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
+                eps=group["eps"], amsgrad=False, maximize=False,
+            )  # fmt: skip
+            means.copy_(SIGNED.pack(mean))
+            variances.copy_(UNSIGNED.pack(variance))

@@ -1,0 +1,133 @@
+"""How much memory and arithmetic a training step of the prior takes, found without taking it.
+
+The step itself runs on tensors without data, and what it holds at any time is added up. So the answer is that
+of the code as it stands, for any device and any size of the model.
+"""
+
+import weakref
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dalle.precision import Arithmetic, arithmetic
+from stage2_prior.config import PriorConfig
+from stage2_prior.masks import kinds, visible
+from stage2_prior.model import Prior
+
+SHALLOW, DEEP = 4, 8  # layers that are tried where a model has more: the masks repeat after four
+LAYER = 12  # a layer has so many times width² numbers in its matrices
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes at the worst moment of forward and backward pass, beside the weights.
+
+    Args:
+        partitioned: where each gradient leaves as soon as it is made (ZeRO 2 and 3).
+        whole: where the gradients of all parameters stay until the update.
+    """
+
+    partitioned: int
+    whole: int
+
+
+class _Held(TorchDispatchMode):
+    """Adds up the tensors that are alive, and apart from them the gradients of parameters."""
+
+    def __init__(self, before: list[Tensor]) -> None:
+        super().__init__()
+        self.alive: set[int] = set()
+        self.now = self.gradients = self.whole = self.partitioned = 0
+        for tensor in before:
+            self._take(tensor)
+        self.before, self.whole, self.partitioned = self.now, 0, 0
+
+    def leaves(self, parameter: Tensor) -> None:
+        """The gradient of this parameter is complete."""
+        assert parameter.grad is not None
+        self.gradients += parameter.grad.nbytes
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._take(leaf)
+        return result
+
+    def _take(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            self.alive.add(key)
+            self.now += size
+            self.whole = max(self.whole, self.now)
+            self.partitioned = max(self.partitioned, self.now - self.gradients)
+            weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.now -= size
+
+
+@cache
+def footprint(config: PriorConfig, batch: int, recompute: bool, precision: Arithmetic = "fp32") -> Footprint:
+    """Of one forward and backward pass over `batch` pictures whose captions fill all text slots."""
+    if config.depth <= DEEP:
+        return _try(config, batch, recompute, precision)
+    few, more = (_try(replace(config, depth=depth), batch, recompute, precision) for depth in (SHALLOW, DEEP))
+    layers = (config.depth - DEEP) / (DEEP - SHALLOW)
+    return Footprint(
+        round(more.partitioned + (more.partitioned - few.partitioned) * layers),
+        round(more.whole + (more.whole - few.whole) * layers),
+    )
+
+
+def _try(config: PriorConfig, batch: int, recompute: bool, precision: Arithmetic) -> Footprint:
+    with FakeTensorMode():
+        model = Prior(config)
+        model.recompute = recompute
+        tokens = torch.zeros(batch, config.text_length - 1, dtype=torch.long)
+        codes = torch.zeros(batch, config.cells, dtype=torch.long)
+        with _Held([*model.parameters(), tokens, codes]) as held:
+            for p in model.parameters():
+                p.register_post_accumulate_grad_hook(held.leaves)
+            with arithmetic(precision, torch.device("cpu")):
+                text, image = model(tokens, codes)
+                words = model.logits(model.text_head, text[:, :-1].flatten(0, 1))
+                cells = model.logits(model.image_head, image.flatten(0, 1))
+                loss = F.cross_entropy(words, tokens.flatten()) + F.cross_entropy(cells, codes.flatten())
+            del text, image, words, cells
+            loss.backward()
+    return Footprint(held.partitioned - held.before, held.whole - held.before)
+
+
+def parameters(config: PriorConfig) -> tuple[int, int]:
+    """Numbers in the resblocks' matrices, and in everything else."""
+    c = config
+    vectors = c.depth * (4 + 9) * c.width  # gains and biases of two norms, biases of four matrices
+    tables = 2 * c.text_vocab + 2 * c.image_vocab + 2 * c.text_length + 2 * c.grid + 2 + 2
+    return LAYER * c.width**2 * c.depth, vectors + tables * c.width + c.text_vocab + c.image_vocab
+
+
+def flops(config: PriorConfig, recompute: bool) -> float:
+    """Multiplications and additions of one picture's training: matrix products, and attention where allowed.
+
+    Twice per weight and token going forward, four times going backward, and twice again where activations are
+    recomputed.
+    """
+    c = config
+    per_token = 2.0 * LAYER * c.width**2 * c.depth
+    seen = 0.0  # keys over all queries and layers
+    for kind in set(kinds(c.depth)):
+        image = sum(len(cells) for cells in visible(kind, c.grid, c.kernel)) + c.cells * c.text_length
+        seen += kinds(c.depth).count(kind) * (image + c.text_length * (c.text_length + 1) / 2)
+    layers = per_token * c.length + 4.0 * c.width * seen
+    heads = 2.0 * c.width * (c.text_vocab * c.text_length + c.image_vocab * c.cells)
+    return layers * (4 if recompute else 3) + heads * 3

@@ -1,0 +1,142 @@
+"""What the processes of test_compressed run: small priors whose gradients are compressed between machines.
+
+python -m tests.distributed.compressed FUNCTION FILE     calls it in each process; the first writes its result
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dalle.checkpoint import Saver
+from dalle.distributed import joined, topology
+from dalle.errors import DalleError
+from dalle.launch import launch
+from dalle.optim import full_shape
+from dalle.training import LargeTraining, Session, resume
+from dalle.wiring import build, make_engine
+from stage2_prior.config import PriorConfig
+from stage2_prior.model import Prior
+from tests.distributed.team import Samples, Toy, finish, train
+from tests.tiny import PRIOR_SHAPE
+
+BATCH, STEPS, RANK = 8, 6, 4
+STAGES = (0, 1, 2, 3)
+SHAPE = PRIOR_SHAPE | {"width": 48, "heads": 4}
+
+
+def settings(**changes: Any) -> LargeTraining:
+    values = {
+        "steps": STEPS, "batch_size": BATCH, "lr": 1e-2, "beta1": 0.9, "beta2": 0.96, "weight_decay": 0.1,
+        "clip": 0.2, "ema_decay": 0.9, "ema_every": 1, "seed": 3, "workers": 0, "precision": "fp32",
+        "compression_rank": RANK, "compression_start": 1, "compression_sample": 3,
+    }  # fmt: skip
+    return LargeTraining(**(values | changes))
+
+
+def session(folder: Path = Path(), **changes: Any) -> Session:
+    config = settings(**changes)
+    model = build(lambda: Prior(PriorConfig(**SHAPE)), config)
+    model.recompute = config.zero == 3
+    engine = make_engine(model, config, "fp32", variance_limit=5.0, matrices=model.matrices())
+    size = BATCH // topology().world // config.micro_batches(topology().world)
+    return Session(Toy(model, False), engine, Samples(size), config, folder, topology())
+
+
+def course(one: Session, start: int, stop: int) -> dict[str, list[float]]:
+    lines = train(one, start, stop)
+    names = ("loss", "grad_norm", "between_bytes", "between_saved", "between_cosine", "between_plain_seconds")
+    return {name: [line.get(name) for line in lines] for name in names}
+
+
+def stages() -> dict[str, Any]:
+    """A short training at every stage: compressed, with all averaged in full, and with 16-bit moments."""
+    result: dict[str, Any] = {}
+    kinds: dict[str, dict[str, Any]] = {
+        "compressed": {},
+        "full": {"compression_start": STEPS},
+        "packed": {"moments": "16bit"},
+        "fp32": {"compression_format": "fp32"},
+    }
+    for zero in STAGES:
+        for name, changes in kinds.items():
+            one = session(zero=zero, **changes)
+            result[f"{name} {zero}"] = {**course(one, 0, STEPS), "same": same(one), "bytes": formula(one)}
+            if name == "packed":
+                held = one.engine.state()["moments"]["layers.0.mlp.up.weight/exp_avg"]
+                result[f"{name} {zero}"]["moments"] = str(held.values.dtype)
+            finish(one)
+    return result
+
+
+def same(one: Session) -> bool:
+    """Whether a save would find the machines alike; and it must find a change of one bit on one of them."""
+    weights = one.engine._own_weights()
+    one.engine._compare_machines()
+    last = topology().rank == topology().world - 1
+    bits = weights[0].detach().view(-1).view(torch.int32)
+    if last:
+        bits[0] ^= 1
+    try:
+        one.engine._compare_machines()
+    except DalleError as error:
+        return "no longer hold the same weights" in str(error)
+    finally:
+        if last:
+            bits[0] ^= 1
+    return False
+
+
+def formula(one: Session) -> float:
+    """What process 0 sends in an update by the formula: r·(rows + columns) for the rows that it holds."""
+    total = 0
+    for name, p in one.engine.named.items():
+        offset, numel = one.engine._run_of(name)
+        shape = full_shape(p)
+        columns = shape[-1]
+        first, last = math.ceil(offset / columns), (offset + numel) // columns
+        rows = max(0, last - first)
+        rank = min(rows, columns, max(1, round(RANK * rows / shape[0])))
+        factors = rank * (rows + columns)
+        low = name.startswith("layers.") and len(shape) > 1 and factors < rows * columns
+        width = 2 if one.config.compression_format == "16bit" else 4
+        total += width * factors + 4 * (numel - rows * columns) if low else 4 * numel
+    return total
+
+
+def leg() -> dict[str, Any]:
+    """Some updates from the state in the folder on, saved there again."""
+    folder, zero, steps = Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
+    one = session(folder, zero=zero)
+    start = resume(one)
+    found = course(one, start, start + steps)
+    state = one.engine.state()
+    found["machines"] = [int(state["errors"]["machines"].values)] if topology().main else []
+    saver = Saver(folder, 2, topology())
+    saver.save(start + steps, state, {"task": one.task.state()})
+    saver.wait()
+    topology().barrier()
+    finish(one)
+    return found
+
+
+def run(machines: int, processes: int, function: str, folder: Path, *arguments: object) -> Any:
+    """The result of `function` on so many machines of so many processes."""
+    file = folder / f"{function}.json"
+    told = [str(file), str(folder), *map(str, arguments)]
+    status = launch(
+        processes, ["-m", "tests.distributed.compressed", function, *told], [sys.executable], machines
+    )
+    assert status == 0
+    return json.loads(file.read_text())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with joined() as here:
+        result = globals()[sys.argv[1]]()
+        if here.main:
+            Path(sys.argv[2]).write_text(json.dumps(result))

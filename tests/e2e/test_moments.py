@@ -1,0 +1,50 @@
+"""Training with AdamW's moments in 16 bits, as a user runs it."""
+
+import shutil
+
+import torch
+
+from dalle.checkpoint import load_state
+from dalle.metrics import read_metrics
+from tests.e2e.settings import dvae, options, prior
+
+PACKED = options(width=48, moments="16bit", log_every=1)  # MLPs of 9,216 numbers: large enough to pack
+
+
+def losses(run):
+    return [line["loss"] for line in read_metrics(run / "prior") if "loss" in line]
+
+
+def test_a_run_with_16_bit_moments_follows_the_fp32_one_and_goes_on_bit_exactly(dalle, tmp_path):
+    straight, halved, full = (tmp_path / name for name in ("straight", "halved", "full"))
+    assert dalle(*dvae(straight)).code == 0
+    for other in (halved, full):
+        shutil.copytree(straight / "dvae", other / "dvae")
+    schedule = options(warmup=1, lr_end=2e-3)  # constant, whatever the number of steps
+    for run, steps in ((straight, 8), (halved, 4), (halved, 8)):
+        done = dalle(*prior(run, *PACKED, *schedule, steps=steps))
+        assert done.code == 0, done.err
+    done = dalle(*prior(full, *PACKED, *schedule, "--set", "moments=fp32", steps=8))
+    assert done.code == 0, done.err
+
+    last = "prior/state/step-00000008"
+    _, state = load_state(straight / last)
+    kinds = {name: moment.dtype for name, moment in state["moments"].items()}
+    assert kinds["layers.0.mlp.up.weight/exp_avg"] == torch.uint16
+    assert kinds["layers.0.mlp.up.bias/exp_avg"] == kinds["image_head.weight/exp_avg"] == torch.float32
+    for name in ("weights.safetensors", "moments.safetensors", "average.safetensors"):
+        assert (straight / last / name).read_bytes() == (halved / last / name).read_bytes()
+
+    weights = [(run / last / "weights.safetensors").read_bytes() for run in (straight, full)]
+    assert weights[0] != weights[1]
+    packed, plain = losses(straight), losses(full)
+    for a, b in zip(packed, plain, strict=True):
+        assert abs(a - b) < 1e-3 * b
+
+
+def test_a_run_keeps_the_kind_of_its_moments(dalle, tmp_path):
+    assert dalle(*dvae(tmp_path)).code == 0
+    assert dalle(*prior(tmp_path, steps=2)).code == 0
+    done = dalle(*prior(tmp_path, *options(moments="16bit"), steps=4))
+    assert done.code == 2
+    assert "moments=fp32, not 16bit" in done.err

@@ -1,0 +1,181 @@
+"""What `dalle plan` works out, against the paper's own figures and against what training takes."""
+
+import gc
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dalle.engine import Engine
+from dalle.errors import ConfigError
+from dalle.optim import AdamW, Average
+from dalle.plan import (
+    Choice,
+    Cluster,
+    cheaper,
+    compression,
+    cost,
+    facts,
+    make_plan,
+    memory,
+    paper_memory,
+    propose,
+    size_in_bytes,
+    traffic,
+)
+from dalle.powersgd import paper_rank
+from stage2_prior.config import PRESETS, PriorConfig
+from stage2_prior.footprint import Footprint, _try, flops, footprint, parameters
+from stage2_prior.loss import losses
+from stage2_prior.model import Prior
+from tests.tiny import PRIOR_SHAPE
+
+PAPER = PriorConfig()
+V100S = Cluster(gpus=1024, per_machine=8, memory=16e9, within=130e9, between=12.5e9, rate=50e12)
+ONE = Cluster(gpus=1, per_machine=8, memory=16e9, within=1e9, between=1e9, rate=1e12)
+NOTHING = Footprint(0, 0)  # where activations do not matter, they are not worked out
+
+
+@pytest.mark.parametrize(
+    ("width", "rank", "rate", "size"),
+    [(1920, 512, 0.83, 2.8e9), (2688, 640, 0.85, 5.6e9), (3968, 896, 0.86, 12.0e9)],
+)
+def test_the_papers_table_of_compression_rates(width, rank, rate, size):
+    assert paper_rank(width) == rank
+    assert compression(rank, width, shards=8) == pytest.approx(rate, abs=0.005)
+    assert compression(rank, width, shards=8) == pytest.approx(1 - 5 * rank / (8 * width))
+    matrices, _ = parameters(replace(PAPER, width=width, heads=width // 64))
+    assert matrices == pytest.approx(size, rel=0.02)
+
+
+def test_the_papers_memory_of_a_gpu():
+    """3 GB of weights, 3 + 3 of moments and 3 of error sums (App. E), and it fits into 16 GB."""
+    held = paper_memory(PAPER, batch=1, shards=8)
+    assert held.weights == pytest.approx(3e9, rel=0.05)
+    assert held.moments == pytest.approx(6e9, rel=0.05)
+    assert held.errors == pytest.approx(3e9, rel=0.05)
+    assert 14e9 < held.total < 16e9
+
+
+def test_the_papers_run():
+    training = PRESETS["paper"][1]
+    run = cost(PAPER, training, Choice(3, "16bit", True, 1, rank=896), V100S)
+    assert run.flops_6nd == pytest.approx(4.1e22, rel=0.01)
+    assert run.flops > run.flops_6nd * 8 / 6  # activations are computed twice
+    assert run.days == pytest.approx(training.steps * run.step_seconds / 86_400)
+
+
+def test_parameters_and_flops_are_those_of_the_model():
+    config = PriorConfig(**PRIOR_SHAPE)
+    model = Prior(config)
+    matrices, rest = parameters(config)
+    assert matrices == sum(model.get_parameter(name).numel() for name in model.matrices())
+    assert matrices + rest == sum(p.numel() for p in model.parameters())
+    per_token = 6 * matrices
+    assert flops(config, False) > per_token * config.length
+    assert flops(config, True) > 8 * matrices * config.length
+
+
+def measured(config: PriorConfig, batch: int, recompute: bool) -> float:
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        model = Prior(config)
+        model.recompute = recompute
+        optimizer = AdamW(model, betas=(0.9, 0.96), weight_decay=0.1)
+        engine = Engine(model, optimizer, Average(model.parameters(), 0.9, 1), clip=1.0, precision="fp32")
+        tokens = torch.zeros(batch, config.text_length - 1, dtype=torch.long)
+        codes = torch.zeros(batch, config.cells, dtype=torch.long)
+        for step in (1, 2):
+            text, image = losses(model, tokens, codes)
+            engine.backward(text + image, 1)
+            engine.update(1e-3, step)
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_memory_of_a_training_step_is_as_predicted(recompute):
+    config = PriorConfig(
+        text_length=12, text_vocab=40, image_vocab=50, grid=8, depth=4, width=48, heads=3, kernel=5
+    )  # fmt: skip
+    predicted = memory(config, Choice(0, "fp32", recompute, 4), ONE, "fp32").total
+    assert predicted == pytest.approx(measured(config, 4, recompute), rel=0.1)
+
+
+def test_deep_models_are_extended_from_shallow_ones():
+    config = PriorConfig(**(PRIOR_SHAPE | {"depth": 12}))
+    direct = _try(config, 3, False, "fp32")
+    assert footprint(config, 3, False).whole == pytest.approx(direct.whole, rel=0.02)
+    assert footprint(config, 3, False).partitioned == pytest.approx(direct.partitioned, rel=0.02)
+
+
+def test_each_stage_partitions_what_it_says():
+    n = sum(parameters(PAPER))
+    held = [memory(PAPER, Choice(z, "fp32", True, 1), V100S, held=NOTHING) for z in range(4)]
+    assert [m.gradients / n for m in held] == pytest.approx([4, 4, 4 / 1024, 4 / 1024])
+    assert [m.moments / n for m in held] == pytest.approx([8, 8 / 1024, 8 / 1024, 8 / 1024])
+    assert [m.weights / n for m in held] == pytest.approx([4, 4 + 4 / 1024, 4 + 4 / 1024, 8 / 1024])
+    # Compressed between machines, a machine of eight holds everything once.
+    assert memory(PAPER, Choice(3, "fp32", True, 1, rank=896), V100S, held=NOTHING).moments == n
+    halved = memory(PAPER, Choice(3, "16bit", True, 1, rank=896), V100S, held=NOTHING)
+    assert halved.moments == pytest.approx(n / 2, rel=0.02)
+    assert memory(PAPER, Choice(3, "fp32", True, 1, offload=True), V100S, held=NOTHING).moments == 0
+
+
+def test_compression_spares_the_wires_between_machines():
+    plain, low = (traffic(PAPER, Choice(3, "fp32", True, 1, rank=r), V100S) for r in (0, 896))
+    assert low.between / low.plain_between == pytest.approx(
+        0.14 / 2, rel=0.25
+    )  # of half the bytes, and the rest
+    assert plain.between > low.plain_between * 0.99
+    assert low.between_seconds == low.between / V100S.between
+
+
+def test_what_is_offered_instead_fits():
+    model = replace(PRESETS["small"][0], grid=8)
+    cluster = replace(ONE, memory=1.2e9)
+    choice = Choice(0, "fp32", False, 8)
+    assert memory(model, choice, cluster, "fp32").total > cluster.memory
+    offered = cheaper(model, choice, cluster, "fp32")
+    assert len(offered) == 3
+    assert all(needed.total <= cluster.memory for _, needed in offered)
+    assert len({change for change, _ in offered}) == 3
+
+
+def test_a_plan_for_machines_is_whole():
+    told = facts(make_plan("tiny", ONE, precision="fp32"))
+    assert told["fits"]
+    assert told["memory"].keys() == {"zero_0"}
+    assert told["cheaper"] == []
+    assert told["parameters"]["all"] == sum(parameters(make_plan("tiny", ONE, precision="fp32").model))
+
+
+def test_a_proposal_keeps_to_the_hours_and_the_data():
+    fast = replace(ONE, rate=1e14)
+    many = propose(fast, pictures=10**8, hours=24, precision="fp32")
+    few = propose(fast, pictures=1000, hours=24, precision="fp32")
+    assert many.hours <= 24
+    assert many.preset == "small"
+    assert few.preset == "tiny"
+    assert few.epochs <= 30
+
+
+@pytest.mark.parametrize(("text", "size"), [("16GB", 16e9), ("40 GiB", 40 * 2**30), ("500MB", 5e8)])
+def test_sizes_as_people_write_them(text, size):
+    assert size_in_bytes(text) == size
+
+
+def test_what_cannot_be_planned_is_told():
+    with pytest.raises(ConfigError, match=r"--memory 'much'"):
+        size_in_bytes("much")
+    with pytest.raises(ConfigError, match=r"use --set batch_size=1000"):
+        make_plan("paper", replace(V100S, gpus=1000))
+    with pytest.raises(ConfigError, match="must be a multiple of --gpus-per-machine 8"):
+        replace(V100S, gpus=12)
+    with pytest.raises(ConfigError, match="there are 0 pictures"):
+        propose(ONE, 0, 1)
+    with pytest.raises(ConfigError, match="did you mean 'paper'"):
+        make_plan("papers", ONE)
