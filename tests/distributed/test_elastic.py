@@ -184,6 +184,7 @@ def test_torchrun_starts_the_same_run(straight, tmp_path):
         "--nproc_per_node",
         "2",
         "--standalone",
+        "--",  # or it would take --run for one of its own
         str(program),
     )
     command = Command(tmp_path, *dvae(run, *OFTEN, "--zero", 2, steps=STEPS), launcher=torchrun)
