@@ -18,7 +18,7 @@ import torch
 
 from dalle.builtin import FOLDER
 from dalle.chart import curves, svg
-from dalle.checkpoint import load_state, state_folders
+from dalle.checkpoint import State, state_folders
 from dalle.metrics import read_metrics
 from dalle.optim import AdamW
 from dalle.packed import PackedAdamW
@@ -43,14 +43,15 @@ def train(run: Path, moments: str) -> list[tuple[float, float]]:
 
 def bytes_per_parameter(run: Path) -> tuple[float, float]:
     """Of both moments: over all parameters, and over the matrices of the resblocks alone."""
-    _, saved = load_state(state_folders(run / "prior" / "state")[0])
+    saved = State(state_folders(run / "prior" / "state")[0])
     held: dict[str, int] = {}
-    for name, moment in saved["moments"].items():
+    for name in saved.names("moments"):
         if not name.endswith("/step"):
             parameter = name.rpartition("/")[0]
-            held[parameter] = held.get(parameter, 0) + moment.nbytes
-    sizes = {name: weight.numel() for name, weight in saved["weights"].items()}
-    matrices = [n for n in sizes if n.startswith("layers.") and saved["weights"][n].ndim > 1]
+            held[parameter] = held.get(parameter, 0) + saved.read("moments", name).nbytes
+    weights = {name: saved.read("weights", name) for name in saved.names("weights")}
+    sizes = {name: weight.numel() for name, weight in weights.items()}
+    matrices = [n for n in sizes if n.startswith("layers.") and weights[n].ndim > 1]
     return (
         sum(held.values()) / sum(sizes.values()),
         sum(held[n] for n in matrices) / sum(sizes[n] for n in matrices),

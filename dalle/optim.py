@@ -62,11 +62,12 @@ class AdamW(torch.optim.AdamW):
 
     def moments(self) -> dict[str, Tensor]:
         """Both running moments and the update counts by parameter name, to be saved."""
-        return {
+        held = {
             f"{self.names[id(p)]}/{kind}": value
             for p, state in self.state.items()
             for kind, value in state.items()
         }
+        return dict(sorted(held.items()))  # the same order whether they were loaded or not
 
     def load_moments(self, saved: Iterable[tuple[str, Tensor]]) -> None:
         """Take back what `moments` gave. Parameters without saved moments start afresh."""

@@ -90,8 +90,10 @@ def footprint(config: PriorConfig, batch: int, recompute: bool, precision: Arith
 
 
 def _try(config: PriorConfig, batch: int, recompute: bool, precision: Arithmetic) -> Footprint:
-    with FakeTensorMode():
+    with torch.device("meta"):
         model = Prior(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
         model.recompute = recompute
         tokens = torch.zeros(batch, config.text_length - 1, dtype=torch.long)
         codes = torch.zeros(batch, config.cells, dtype=torch.long)

@@ -4,7 +4,7 @@ import shutil
 
 import torch
 
-from dalle.checkpoint import load_state
+from dalle.checkpoint import State
 from dalle.metrics import read_metrics
 from tests.e2e.settings import dvae, options, prior
 
@@ -28,8 +28,8 @@ def test_a_run_with_16_bit_moments_follows_the_fp32_one_and_goes_on_bit_exactly(
     assert done.code == 0, done.err
 
     last = "prior/state/step-00000008"
-    _, state = load_state(straight / last)
-    kinds = {name: moment.dtype for name, moment in state["moments"].items()}
+    state = State(straight / last)
+    kinds = {name: state.read("moments", name).dtype for name in state.names("moments")}
     assert kinds["layers.0.mlp.up.weight/exp_avg"] == torch.uint16
     assert kinds["layers.0.mlp.up.bias/exp_avg"] == kinds["image_head.weight/exp_avg"] == torch.float32
     for name in ("weights.safetensors", "moments.safetensors", "average.safetensors"):

@@ -155,8 +155,8 @@ def test_a_plan_for_machines_is_whole():
 
 def test_a_proposal_keeps_to_the_hours_and_the_data():
     fast = replace(ONE, rate=1e14)
-    many = propose(fast, pictures=10**8, hours=24, precision="fp32")
-    few = propose(fast, pictures=1000, hours=24, precision="fp32")
+    many = propose(fast, pictures=10**8, hours=24.0, precision="fp32")
+    few = propose(fast, pictures=1000, hours=24.0, precision="fp32")
     assert many.hours <= 24
     assert many.preset == "small"
     assert few.preset == "tiny"
@@ -176,6 +176,6 @@ def test_what_cannot_be_planned_is_told():
     with pytest.raises(ConfigError, match="must be a multiple of --gpus-per-machine 8"):
         replace(V100S, gpus=12)
     with pytest.raises(ConfigError, match="there are 0 pictures"):
-        propose(ONE, 0, 1)
+        propose(ONE, 0, 1.0)
     with pytest.raises(ConfigError, match="did you mean 'paper'"):
         make_plan("papers", ONE)
