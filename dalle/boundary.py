@@ -16,6 +16,8 @@ Without a boundary (fp32, bf16) the layers here are torch's own.
 Source: paper, App. D and Fig. 4.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,3 +142,17 @@ def enclose(resblock: nn.Module, boundary: Boundary) -> None:
             module.boundary = boundary
         elif next(module.parameters(recurse=False), None) is not None:
             raise TypeError(f"{name or 'the resblock'} is a {type(module).__name__}, which knows no boundary")
+
+
+@contextmanager
+def opened(model: nn.Module) -> Iterator[None]:
+    """Without the boundaries within `model`: its layers are torch's own until the end."""
+    layers = [m for m in model.modules() if isinstance(m, (Linear, LayerNorm))]
+    boundaries = [layer.boundary for layer in layers]
+    for layer in layers:
+        layer.boundary = None
+    try:
+        yield
+    finally:
+        for layer, boundary in zip(layers, boundaries, strict=True):
+            layer.boundary = boundary

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dalle.boundary import opened
 from stage2_prior.linear import Fast, Weights, fastest, resolve
 from stage2_prior.masks import Kind, visible
 from stage2_prior.model import Layer, Prior
@@ -138,7 +139,8 @@ class Decoder:
     def read(self, tokens: Int[Tensor, "p words"]) -> Text:
         """Keys and values of p prompts in every layer."""
         text: Text = []
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        rounded = self.dtype == torch.bfloat16
+        with opened(self.model), torch.autocast(self.device.type, torch.bfloat16, enabled=rounded):
             x = self.model.embed_text(tokens)
             for layer in self.layers:
                 qkv = layer.attention.qkv(layer.attention_norm(x)).to(self.dtype)

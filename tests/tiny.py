@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dalle.checkpoint import FORMAT, fingerprint, save_weights, write_json
 from dalle.config import to_json
+from dalle.engine import Engine
 from dalle.text import Tokenizer
 from stage1_dvae.config import DVAEConfig
 from stage1_dvae.model import DVAE
@@ -166,3 +167,19 @@ def write_tar(path: Path, n: int = 9) -> Path:
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
     return path
+
+
+class Kept:
+    """A training state in memory."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.files = {
+            file: {n: part.values.clone(memory_format=torch.contiguous_format) for n, part in group.items()}
+            for file, group in engine.state().items()
+        }
+
+    def names(self, file: str) -> set[str]:
+        return set(self.files.get(file, ()))
+
+    def read(self, file: str, name: str) -> Tensor:
+        return self.files[file][name]

@@ -9,6 +9,7 @@ from torch import nn
 from dalle.engine import PATIENCE, Engine
 from dalle.errors import DalleError
 from dalle.optim import AdamW, Average
+from tests import tiny
 
 
 def net():
@@ -31,22 +32,6 @@ def everything(engine: Engine) -> dict[str, torch.Tensor]:
     return {
         f"{f}:{n}": part.values.clone() for f, group in engine.state().items() for n, part in group.items()
     }
-
-
-class Kept:
-    """A training state in memory."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.files = {
-            file: {n: part.values.clone(memory_format=torch.contiguous_format) for n, part in group.items()}
-            for file, group in engine.state().items()
-        }
-
-    def names(self, file):
-        return set(self.files.get(file, ()))
-
-    def read(self, file, name):
-        return self.files[file][name]
 
 
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]):
@@ -234,7 +219,7 @@ def test_what_is_saved_continues_bit_exactly(layout):
 
     straight, resumed = fresh(0), fresh(1)
     train(straight, range(1, 4))
-    resumed.load(Kept(straight))
+    resumed.load(tiny.Kept(straight))
     assert_equal(everything(straight), everything(resumed))
     train(straight, range(4, 6))
     train(resumed, range(4, 6))

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load, save
 
 from dalle import engine as engine_module
 from dalle.engine import PATIENCE, PATIENCE_WITH_SCALES, Engine
@@ -45,7 +44,11 @@ def log2_scales(engine: Engine) -> list[float]:
 
 
 def everything(engine: Engine) -> dict[str, torch.Tensor]:
-    return {f"{file}/{n}": t.clone() for file, group in engine.tensors().items() for n, t in group.items()}
+    return {f"{f}/{n}": t for f, group in tiny.Kept(engine).files.items() for n, t in group.items()}
+
+
+def gradients(engine: Engine) -> dict[str, torch.Tensor]:
+    return {piece.name: piece.grad for piece in engine.pieces()}
 
 
 # Long stretches of one kind, so that clamps and rests are met.
@@ -91,7 +94,7 @@ def test_an_inf_in_one_resblock_shrinks_its_scale_and_drops_the_update(block, po
     backward(hit, 2)
     names = [n for n, _ in hit.model.named_parameters() if n.startswith((f"{block}.", f"{block}_norm."))]
     assert len(names) == 6
-    dict(hit.pieces())[names[-1]].view(-1)[3] = poison
+    gradients(hit)[names[-1]].view(-1)[3] = poison
     assert hit.update(1e-3, 3)["dropped_updates"] == 1
     assert hit.scaling.overflowed == [block]
     expected = [-0.5 if name == block else 1 / 1000 for name in BLOCKS]
@@ -150,7 +153,7 @@ def test_the_scales_make_up_for_the_division_by_micro_batches():
     assert ratio == 2
     assert log2_scales(parts) == log2_scales(whole)
     backward(parts, 0, parts=2)
-    gathered = {n: g.clone() for n, g in parts.pieces()}
+    gathered = {n: g.clone() for n, g in gradients(parts).items()}
     exact = tiny.prior()
     for tokens, codes in zip(*(t.chunk(2) for t in tiny.batch(exact, 4, 0)), strict=True):
         (sum(losses(exact, tokens, codes)) / 2).backward()
@@ -162,15 +165,14 @@ def test_what_is_saved_continues_bit_exactly():
     straight, resumed = engine(), engine(seed=1)
     train(straight, range(2))
     backward(straight, 2)
-    dict(straight.pieces())["layers.2.attention.out.bias"][0] = math.inf
+    gradients(straight)["layers.2.attention.out.bias"][0] = math.inf
     straight.update(1e-3, 3)
-    files = {file: load(save(group)) for file, group in straight.tensors().items()}
-    resumed.load(files)
+    resumed.load(tiny.Kept(straight))
     assert log2_scales(resumed) == log2_scales(straight)
     for each in (straight, resumed):
         train(each, range(3, 6))
         backward(each, 6)
-        dict(each.pieces())["layers.2.attention.out.bias"][0] = math.inf
+        gradients(each)["layers.2.attention.out.bias"][0] = math.inf
         each.update(1e-3, 7)  # in its rest: it may not be divided again
     one, other = everything(straight), everything(resumed)
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
@@ -181,10 +183,10 @@ def test_what_is_saved_continues_bit_exactly():
 def test_a_state_without_scales_resumes_with_fresh_ones():
     saved = engine()
     train(saved, range(2))
-    files = saved.tensors()
-    del files["scaling"]
+    without = tiny.Kept(saved)
+    del without.files["scaling"]
     resumed = engine(seed=1)
-    resumed.load(files)
+    resumed.load(without)
     assert log2_scales(resumed) == [13.0] * 6
 
 
@@ -192,7 +194,7 @@ def overflow_for_ever(engine: Engine, name: str, limit: int) -> int:
     """Updates until the run is stopped."""
     for step in range(1, limit + 1):
         backward(engine, 0)
-        dict(engine.pieces())[name].view(-1)[0] = math.inf
+        gradients(engine)[name].view(-1)[0] = math.inf
         try:
             engine.update(1e-3, step)
         except DalleError as error:
@@ -224,5 +226,5 @@ def test_runs_without_scales_have_nothing_of_them():
     for precision in ("fp32", "bf16"):
         plain = Engine(model, optimizer, Average(model.parameters(), 0.9, 1), clip=None, precision=precision)
         assert plain.per_resblock() == {}
-        assert "scaling" not in plain.tensors()
+        assert "scaling" not in plain.state()
     assert all(getattr(module, "boundary", None) is None for module in model.modules())
