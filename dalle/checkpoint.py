@@ -363,6 +363,10 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise `CheckpointError` if it is known by now that the last state could not be written."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -433,9 +437,11 @@ def write_state(
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
         _sync(folder)
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise unwritable(target, error) from error
+        if isinstance(error, OSError):
+            raise unwritable(target, error) from error
+        raise
     later = [path for path in state_folders(folder) if path > target]
     stale = [path for path in state_folders(folder) if path <= target][keep:]
     for old in [*later, *stale]:

@@ -238,6 +238,7 @@ def fit(session: Session) -> bool:
         with closing(stream(session, step)) as batches, Bar(task.label, config.steps, step, clock) as bar:
             stopping = False
             while step < config.steps and not stopping:
+                saver.check()  # rather than train on for what would be lost
                 metrics = update(session, batches, step, window)
                 step, stopping = step + 1, topology.any(stopped())
                 last = step == config.steps

@@ -9,7 +9,8 @@ A layer holds one of them; layers of the same kind share what it needs of the ma
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from dalle.errors import ConfigError
@@ -52,9 +54,16 @@ class Dense:
         return rearrange(y, "b h t d -> b t (h d)")
 
 
+@contextmanager
+def _lasting() -> Iterator[None]:
+    """What is kept here outlives an evaluation, or a step without data, that may ask for it first."""
+    with torch.inference_mode(False), unset_fake_temporarily():
+        yield
+
+
 @cache
 def _mask(kind: Kind, text: int, grid: int, kernel: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # it outlives the evaluation that may ask first
+    with _lasting():
         return dense(kind, text, grid, kernel).to(device)
 
 
@@ -130,7 +139,7 @@ def _layout(
         bias = torch.zeros(see.shape).masked_fill(~see, -torch.inf)
         return _Tile(slice(start, stop), min(text, stop), slice(first, stop), bias.to(device, dtype))
 
-    with torch.inference_mode(False):  # see `_mask`
+    with _lasting():
         words = [(at, min(text, at + TOGETHER)) for at in range(0, text, TOGETHER)]
         patches = [(at, min(cells, at + together)) for at in range(0, cells, together)]
         tiles = [tile(start, stop, stop) for start, stop in words]
@@ -204,7 +213,7 @@ def _compiled() -> Any:
 def _block_mask(kind: Kind, text: int, grid: int, kernel: int, device: torch.device) -> Any:
     length = text + grid**2
     see = inspect.unwrap(allowed)  # without the checks of shapes that tests wrap it in: it is compiled
-    with torch.inference_mode(False):  # see `_mask`
+    with _lasting():
         return create_block_mask(
             lambda batch, head, q, k: see(kind, text, grid, q, k, kernel),
             None, None, length, length, device=str(device),

@@ -4,6 +4,7 @@ The step itself runs on tensors without data, and what it holds at any time is a
 of the code as it stands, for any device and any size of the model.
 """
 
+import itertools
 import weakref
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dalle.boundary import Boundary, enclose
 from dalle.precision import Arithmetic, arithmetic
-from stage2_prior.config import PriorConfig
+from stage2_prior.config import Backend, PriorConfig
+from stage2_prior.loss import AT_ONCE, cross_entropy
 from stage2_prior.masks import kinds, visible
 from stage2_prior.model import Prior
 
@@ -76,12 +80,35 @@ class _Held(TorchDispatchMode):
         self.now -= size
 
 
+class _Fused(TorchFunctionMode):
+    """Attention in one kernel, as on every real device; without data torch would write all scores out."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        mask = torch.zeros(kwargs["attn_mask"].shape, dtype=args[0].dtype)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, attn_mask=mask)[0]
+
+
 @cache
-def footprint(config: PriorConfig, batch: int, recompute: bool, precision: Arithmetic = "fp32") -> Footprint:
-    """Of one forward and backward pass over `batch` pictures whose captions fill all text slots."""
+def footprint(
+    config: PriorConfig,
+    batch: int,
+    recompute: bool,
+    precision: Arithmetic = "fp32",
+    attention: Backend = "auto",
+) -> Footprint:
+    """Of one forward and backward pass over `batch` pictures whose captions fill all text slots.
+
+    Logits are made as on a GPU. `auto` is taken for the block form, which holds most: it keeps what its
+    queries attend to. FlexAttention keeps what the dense form does.
+    """
     if config.depth <= DEEP:
-        return _try(config, batch, recompute, precision)
-    few, more = (_try(replace(config, depth=depth), batch, recompute, precision) for depth in (SHALLOW, DEEP))
+        return _try(config, batch, recompute, precision, attention)
+    few, more = (
+        _try(replace(config, depth=depth), batch, recompute, precision, attention)
+        for depth in (SHALLOW, DEEP)
+    )
     layers = (config.depth - DEEP) / (DEEP - SHALLOW)
     return Footprint(
         round(more.partitioned + (more.partitioned - few.partitioned) * layers),
@@ -89,22 +116,29 @@ def footprint(config: PriorConfig, batch: int, recompute: bool, precision: Arith
     )
 
 
-def _try(config: PriorConfig, batch: int, recompute: bool, precision: Arithmetic) -> Footprint:
+def _try(
+    config: PriorConfig, batch: int, recompute: bool, precision: Arithmetic, attention: Backend = "auto"
+) -> Footprint:
     with torch.device("meta"):
         model = Prior(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         model.recompute = recompute
+        model.attend_by("block" if attention in ("auto", "block") else "dense")
+        if precision == "fp16":
+            boundary = Boundary(torch.ones(()), torch.float16)
+            for module in itertools.chain(*model.resblocks().values()):
+                enclose(module, boundary)
         tokens = torch.zeros(batch, config.text_length - 1, dtype=torch.long)
         codes = torch.zeros(batch, config.cells, dtype=torch.long)
-        with _Held([*model.parameters(), tokens, codes]) as held:
+        with _Held([*model.parameters(), tokens, codes]) as held, _Fused():
             for p in model.parameters():
                 p.register_post_accumulate_grad_hook(held.leaves)
             with arithmetic(precision, torch.device("cpu")):
                 text, image = model(tokens, codes)
-                words = model.logits(model.text_head, text[:, :-1].flatten(0, 1))
-                cells = model.logits(model.image_head, image.flatten(0, 1))
-                loss = F.cross_entropy(words, tokens.flatten()) + F.cross_entropy(cells, codes.flatten())
+                words, cells = text[:, :-1].flatten(0, 1), image.flatten(0, 1)
+                loss = cross_entropy(words, model.text_head, tokens.flatten(), AT_ONCE["cuda"])
+                loss = loss + cross_entropy(cells, model.image_head, codes.flatten(), AT_ONCE["cuda"])
             del text, image, words, cells
             loss.backward()
     return Footprint(held.partitioned - held.before, held.whole - held.before)

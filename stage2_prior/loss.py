@@ -46,23 +46,27 @@ def losses(
 
 
 def cross_entropy(
-    states: Float[Tensor, "n w"], head: nn.Linear, targets: Int[Tensor, " n"]
+    states: Float[Tensor, "n w"], head: nn.Linear, targets: Int[Tensor, " n"], at_once: int | None = None
 ) -> Float[Tensor, ""]:
     """Sum of −ln p(target) over the rows, in fp32 whatever the rest runs in (paper, App. D).
 
     The logits, the largest tensors of a step, are made for some rows at a time and used up at once: the
     gradient is computed with them, so neither they nor their softmax are ever held or computed again.
+
+    Args:
+        at_once: how many logits; what suits the device unless it is given.
     """
-    total: Tensor = _CrossEntropy.apply(states.float(), head.weight.float(), head.bias.float(), targets)
+    rows = max(1, (at_once or AT_ONCE[states.device.type]) // len(head.weight))
+    weight, bias = head.weight.float(), head.bias.float()
+    total: Tensor = _CrossEntropy.apply(states.float(), weight, bias, targets, rows)
     return total
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: int) -> Tensor:
         total, wanted = states.new_zeros(()), any(ctx.needs_input_grad)
         grads = [torch.empty_like(states), torch.zeros_like(weight), torch.zeros_like(bias)]
-        rows = max(1, AT_ONCE[states.device.type] // len(weight))
         with torch.autocast(states.device.type, enabled=False):
             for at in range(0, len(states), rows):
                 x, target = states[at : at + rows], targets[at : at + rows, None]
@@ -80,4 +84,4 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *(grad * g for g in ctx.saved_tensors), None
+        return *(grad * g for g in ctx.saved_tensors), None, None

@@ -92,13 +92,14 @@ def test_every_picture_says_how_it_was_made_and_several_come_with_a_sheet(run, d
     done = dalle("sample", PROMPT, "a star", "--run", run, "-n", 2, *made, "--out", tmp_path)
     assert done.code == 0, done.err
     *pictures, sheet = done.paths
+    trained = json.loads((run / "prior" / "config.json").read_text())["training"]
     for path, (prompt, picture) in zip(
         pictures, [(PROMPT, 0), (PROMPT, 1), ("a star", 0), ("a star", 1)], strict=True
     ):
         facts = json.loads(path.with_suffix(".json").read_text())
         assert facts == {
             "prompt": prompt, "picture": picture, "run": str(run), "seed": 11,
-            "temperature": 0.5, "top_k": 7, "top_p": 0.9,
+            "temperature": 0.5, "top_k": 7, "top_p": 0.9, "guidance": trained["guidance"],
         }  # fmt: skip
         with Image.open(path) as image:
             assert image.text["prompt"] == prompt

@@ -84,5 +84,5 @@ def test_values_that_cannot_be_are_refused(kind, values, message):
 
 def test_micro_batches_make_up_the_batch():
     training = PRESETS["paper"][1]
-    assert training.micro_batches == 1
-    assert dataclasses.replace(training, micro_batch=64).micro_batches == 8
+    assert training.micro_batches(1) == 1
+    assert dataclasses.replace(training, micro_batch=64).micro_batches(1) == 8

@@ -78,11 +78,12 @@ def test_parameters_and_flops_are_those_of_the_model():
     assert flops(config, True) > 8 * matrices * config.length
 
 
-def measured(config: PriorConfig, batch: int, recompute: bool) -> float:
+def measured(config: PriorConfig, batch: int, recompute: bool, attention: str) -> float:
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         model = Prior(config)
         model.recompute = recompute
+        model.attend_by(attention)
         optimizer = AdamW(model, betas=(0.9, 0.96), weight_decay=0.1)
         engine = Engine(model, optimizer, Average(model.parameters(), 0.9, 1), clip=1.0, precision="fp32")
         tokens = torch.zeros(batch, config.text_length - 1, dtype=torch.long)
@@ -96,13 +97,15 @@ def measured(config: PriorConfig, batch: int, recompute: bool) -> float:
     return max(itertools.accumulate(event.nbytes() for event in events))
 
 
+@pytest.mark.parametrize("attention", ["dense", "block"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_the_memory_of_a_training_step_is_as_predicted(recompute):
+def test_the_memory_of_a_training_step_is_as_predicted(recompute, attention):
     config = PriorConfig(
         text_length=12, text_vocab=40, image_vocab=50, grid=8, depth=4, width=48, heads=3, kernel=5
     )  # fmt: skip
-    predicted = memory(config, Choice(0, "fp32", recompute, 4), ONE, "fp32").total
-    assert predicted == pytest.approx(measured(config, 4, recompute), rel=0.1)
+    held = footprint(config, 4, recompute, attention=attention)
+    predicted = memory(config, Choice(0, "fp32", recompute, 4), ONE, held=held).total
+    assert predicted == pytest.approx(measured(config, 4, recompute, attention), rel=0.1)
 
 
 def test_deep_models_are_extended_from_shallow_ones():

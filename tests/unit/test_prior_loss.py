@@ -93,7 +93,7 @@ def test_on_threads_losses_and_gradients_are_those_of_the_whole_batch():
     parameters = [*model.parameters()]
 
     def passed(threads):
-        text, image = losses(model, tokens, codes, threads)
+        text, image = losses(model, tokens, codes, threads=threads)
         return text, image, *torch.autograd.grad(text / 8 + image, parameters)
 
     torch.testing.assert_close(passed(Threads(2)), passed(None), rtol=1e-4, atol=1e-6)
