@@ -31,15 +31,11 @@ def test_losses_and_norms_are_those_of_one_process(team, alone):
     for parts, precision in COURSES[team["processes"]]:
         expected, near = alone[precision], TOLERANCE[precision]
         for zero in STAGES:
-            found = team["matrix"][key(zero, parts, precision)]
-            assert found["loss"] == pytest.approx(expected["loss"], rel=near), (zero, parts, precision)
-            assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=20 * near), (
-                zero,
-                parts,
-                precision,
-            )
-            assert found["heldout"] == pytest.approx(expected["heldout"], rel=near), (zero, parts, precision)
-            assert found["after"] == pytest.approx(expected["after"], rel=near), (zero, parts, precision)
+            found, where = team["matrix"][key(zero, parts, precision)], (zero, parts, precision)
+            assert found["loss"] == pytest.approx(expected["loss"], rel=near), where
+            assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=20 * near), where
+            assert found["heldout"] == pytest.approx(expected["heldout"], rel=near), where
+            assert found["after"] == pytest.approx(expected["after"], rel=near), where
             assert found["log2_scales"] == expected["log2_scales"]
 
 
