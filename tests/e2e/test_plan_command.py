@@ -1,0 +1,17 @@
+"""`dalle plan`, as a user or a program asks for it."""
+
+import json
+
+from stage2_prior.config import PRESETS
+from stage2_prior.footprint import parameters
+
+
+def test_a_plan_for_machines_is_json_of_the_preset(dalle):
+    done = dalle("plan", "--preset", "tiny", "--rate", 1, "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert told["fits"]
+    assert told["parameters"]["resblocks"] == parameters(PRESETS["tiny"][0])[0]
+    needed = told["memory"]["zero_0"]
+    assert needed["weights"] == needed["gradients"] == 4 * told["parameters"]["all"]
+    assert needed["activations"] > 0
