@@ -118,6 +118,8 @@ def test_patches_are_folded_into_channels_and_out_again():
 def test_a_resblock_is_the_identity_plus_its_gain_times_four_convolutions():
     torch.manual_seed(0)
     block = ResBlock(4, 8, (3, 3, 3, 1), gain=0.3)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(2, 4, 5, 7)
     y = x
     for n in range(1, 5):
