@@ -17,8 +17,8 @@ TRIES = 5
 def gemm_rate(device: torch.device, precision: Arithmetic) -> float:
     """FLOP/s of large square products in `precision`: the best of several.
 
-    On a CPU, of one product on all cores or of one on each, whichever is faster; and of fp32 in place of fp16,
-    which CPUs do not have: a product of this size would take seconds.
+    On a CPU, of one product on all cores or of one on each, whichever is faster; and of fp32 in place of
+    fp16, which CPUs do not have: a product of this size would take seconds.
     """
     if device.type == "cpu" and precision == "fp16":
         return gemm_rate(device, "fp32")
