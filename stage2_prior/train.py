@@ -322,7 +322,7 @@ class Stage2:
 
     def state(self) -> dict[str, Any]:
         """What the plateau rule remembers."""
-        return {"plateau": vars(self.plateau)}
+        return {"plateau": dict(vars(self.plateau))}  # a copy: it is written while training goes on
 
     def load(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave."""
