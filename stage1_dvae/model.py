@@ -251,5 +251,5 @@ def matrix_flops(model: DVAE) -> int:
     """Of the convolutions that encode one picture and decode its relaxed codes, as PyTorch counts them."""
     size = model.config.image_size
     with FlopCounterMode(display=False) as counter:
-        model.decoder(model.logits(torch.zeros(1, 3, size, size, device=model.codebook().device)))
+        model.decoder(model.logits(torch.zeros(1, 3, size, size, device=next(model.parameters()).device)))
     return int(counter.get_total_flops())

@@ -21,7 +21,7 @@ from dalle.precision import best_device
 from dalle.runs import Options, Plan, machine_preset, plan
 from dalle.schedules import cosine, warmup
 from dalle.training import Batch, Session, fit, keyed
-from dalle.wiring import build, make_engine, make_loader, place, precision_of, processes
+from dalle.wiring import build, make_engine, make_loader, partitioned, place, precision_of, processes
 from dalle.zero import whole
 from stage1_dvae.codebook import ALARM, CodebookWindow
 from stage1_dvae.config import PRESETS, DVAETraining
@@ -105,7 +105,11 @@ class Stage1:
         self.model, self.run, self.heldout = model, run, heldout
         self.config: DVAETraining = run.training
         self.tokens_per_picture = run.model.grid**2
-        self.flops_per_picture = 3 * matrix_flops(model)  # the backward pass takes twice the forward's
+        counted = model
+        if partitioned(self.config):  # a partitioned model cannot run outside of its engine
+            with torch.device("meta"):
+                counted = DVAE(run.model)
+        self.flops_per_picture = 3 * matrix_flops(counted)  # the backward pass takes twice the forward's
         self.window = CodebookWindow(run.model.vocab_size)
         self.alarms = 0
 

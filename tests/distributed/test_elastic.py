@@ -175,7 +175,7 @@ def test_what_cannot_be_is_told_once_in_one_line(tmp_path, more, words):
 
 def test_torchrun_starts_the_same_run(straight, tmp_path):
     run = tmp_path / "run"
-    program = tmp_path / "dalle.py"
+    program = tmp_path / "start.py"  # not dalle.py, which would hide the package
     program.write_text(ENDED)
     torchrun = (
         sys.executable,
