@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dalle.checkpoint import load_weights, newest_state, state_folders
+from dalle.checkpoint import Saver, load_weights, newest_state, state_folders
 from dalle.data.loader import Loader
 from dalle.data.source import BadSample, Sample
 from dalle.distributed import ALONE
@@ -262,6 +262,25 @@ def test_a_run_whose_weights_could_not_be_written_is_not_taken_for_finished(tmp_
     again = Regression(tmp_path, config(steps=2))
     assert again.run()
     assert (tmp_path / "weights.safetensors").exists()
+
+
+def test_a_run_that_could_not_save_stops_rather_than_train_on_for_nothing(tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    save = Saver.save
+
+    def save_and_fail(saver, *state):
+        save(saver, *state)
+        saver._thread.join()  # known before the next update begins
+
+    monkeypatch.setattr(Saver, "save", save_and_fail)
+    task = Regression(tmp_path, config(save_every=3))
+    with pytest.raises(CheckpointError, match="No space left"):
+        task.run()
+    assert task.events.count("after") == 3
+    assert not list((tmp_path / "state").iterdir())
 
 
 def test_a_harmed_state_is_named_and_the_one_before_taken(tmp_path, capsys, uninterrupted):
