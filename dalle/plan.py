@@ -27,13 +27,12 @@ from dalle.console import duration
 from dalle.errors import ConfigError
 from dalle.powersgd import paper_rank
 from dalle.precision import arithmetic, best_device, choose
+from dalle.zero import BUCKET, LIVE
 from stage1_dvae.config import PRESETS as DVAE_PRESETS
 from stage2_prior.config import PRESETS, PriorConfig, PriorTraining
 from stage2_prior.footprint import Footprint, flops, footprint, parameters
 
 GB = 1e9
-BUCKET = 50_000_000  # numbers that DeepSpeed reduces or gathers at a time (`dalle.zero`)
-LIVE = 4 * BUCKET  # numbers of weights that ZeRO 3 keeps whole, at most
 TOKENS_PER_PARAMETER = 20  # of training, where the data allows (Hoffmann et al. 2022)
 EPOCHS = 30  # passes over the data beyond which more steps rather memorise
 
