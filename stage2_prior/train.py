@@ -24,7 +24,7 @@ from dalle.distributed import topology
 from dalle.errors import ConfigError
 from dalle.optim import parameter_count
 from dalle.pictures import contact_sheet, save_png, to_images, to_pixels
-from dalle.precision import Arithmetic, best_device, choose
+from dalle.precision import DTYPES, Arithmetic, best_device, choose
 from dalle.runs import Options, Plan, plan
 from dalle.schedules import Plateau, cosine, warmup
 from dalle.text import NO_TOKEN, Tokenizer
@@ -140,8 +140,7 @@ def _attention(run: Plan, device: torch.device, precision: Arithmetic) -> Backen
     """The setting resolved. It is kept in config.json: a run that goes on has to give the same bits."""
     config: PriorTraining = run.training
     pictures = max(1, config.batch_size // config.micro_batches(topology().world) // cores(device))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return backends.choose(config.attention, run.model, min(pictures, TRIED), dtype, device)
+    return backends.choose(config.attention, run.model, min(pictures, TRIED), DTYPES[precision], device)
 
 
 def _tokenizer(run: Plan, source: Source) -> Tokenizer:
