@@ -126,8 +126,6 @@ def _layout(
 ) -> _Layout:
     cells, together = grid**2, max(1, TOGETHER // grid) * grid
     by_column = kind == "column" and together < cells
-    image = torch.arange(cells).view(grid, grid)
-    slots = torch.cat([torch.arange(text), text + (image.t() if by_column else image).flatten()])
     reach = {"row": grid, "column": 0, "conv": kernel // 2 * (grid + 1)}[kind]
 
     def tile(start: int, stop: int, first: int) -> _Tile:
@@ -137,6 +135,8 @@ def _layout(
         return _Tile(slice(start, stop), min(text, stop), slice(first, stop), bias.to(device, dtype))
 
     with _lasting():
+        image = torch.arange(cells).view(grid, grid)
+        slots = torch.cat([torch.arange(text), text + (image.t() if by_column else image).flatten()])
         words = [(at, min(text, at + TOGETHER)) for at in range(0, text, TOGETHER)]
         patches = [(at, min(cells, at + together)) for at in range(0, cells, together)]
         tiles = [tile(start, stop, stop) for start, stop in words]

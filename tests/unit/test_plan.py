@@ -97,10 +97,7 @@ def measured(config: PriorConfig, batch: int, recompute: bool, attention: str) -
     return max(itertools.accumulate(event.nbytes() for event in events))
 
 
-TOO_HIGH = pytest.mark.xfail(reason="attention by blocks is predicted up to 15 % too high", strict=False)
-
-
-@pytest.mark.parametrize("attention", ["dense", pytest.param("block", marks=TOO_HIGH)])
+@pytest.mark.parametrize("attention", ["dense", "block"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_memory_of_a_training_step_is_as_predicted(recompute, attention):
     config = PriorConfig(
