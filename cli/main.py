@@ -481,9 +481,12 @@ def plan(
 ) -> None:  # fmt: skip
     """What a training of the prior takes: memory of each GPU, traffic, time; and what would fit."""
     from dalle import plan as plans
+    from dalle.ceiling import gemm_rate
     from dalle.data.open import open_source
+    from dalle.precision import best_device, choose
 
-    speed = rate * 1e12 if rate is not None else plans.measured_rate()
+    device = best_device()
+    speed = rate * 1e12 if rate is not None else gemm_rate(device, choose("auto", device))
     cluster = plans.Cluster(
         gpus, gpus_per_machine, plans.size_in_bytes(memory), within * 1e9, between * 1e9, speed
     )

@@ -9,13 +9,10 @@ import bisect
 import itertools
 import math
 import re
-import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +23,6 @@ from dalle.config import preset as named_preset
 from dalle.console import duration
 from dalle.errors import ConfigError
 from dalle.powersgd import paper_rank
-from dalle.precision import arithmetic, best_device, choose
 from dalle.zero import BUCKET, LIVE
 from stage1_dvae.config import PRESETS as DVAE_PRESETS
 from stage2_prior.config import PRESETS, PriorConfig, PriorTraining
@@ -217,21 +213,6 @@ def traffic(model: PriorConfig, choice: Choice, cluster: Cluster) -> Traffic:
         # Without it ZeRO partitions over all machines: stage 3 also gathers the weights across them.
         between = plain * {0: 1.0, 1: 1.5, 2: 1.5, 3: 1.5}[choice.stage]
     return Traffic(within, between, plain, within / cluster.within, between / cluster.between)
-
-
-def measured_rate(precision: Any = "auto") -> float:
-    """Multiplications and additions a second of matrix products on this machine's device."""
-    device = best_device()
-    chosen = choose(precision, device)
-    size = 4096 if device.type == "cuda" else 768
-    a = torch.randn(size, size, device=device)
-    times = []
-    with arithmetic(chosen, device):
-        for _ in range(8):
-            began = time.perf_counter()
-            float((a @ a)[0, 0])
-            times.append(time.perf_counter() - began)
-    return 2.0 * size**3 / statistics.median(times[2:])
 
 
 @dataclass(frozen=True)
