@@ -480,29 +480,29 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:  # fmt: skip
     """What a training of the prior takes: memory of each GPU, traffic, time; and what would fit."""
-    from dalle import plan as plans
     from dalle.ceiling import gemm_rate
+    from dalle.cluster import Cluster, size_in_bytes
     from dalle.data.open import open_source
+    from dalle.plan import make_plan, propose
+    from dalle.plan_report import facts, show
     from dalle.precision import best_device, choose
 
     device = best_device()
     speed = rate * 1e12 if rate is not None else gemm_rate(device, choose("auto", device))
-    cluster = plans.Cluster(
-        gpus, gpus_per_machine, plans.size_in_bytes(memory), within * 1e9, between * 1e9, speed
-    )
+    cluster = Cluster(gpus, gpus_per_machine, size_in_bytes(memory), within * 1e9, between * 1e9, speed)
     if (data is None) != (hours is None):
         raise DalleError("--data and --hours go together: both are needed to propose a run")
     made = None
     if data is not None and hours is not None:
-        made = plans.propose(cluster, len(open_source(data, "train", 256)), hours)
+        made = propose(cluster, len(open_source(data, "train", 256)), hours)
         preset, settings = made.preset, [f"batch_size={made.batch_size}", f"steps={made.steps}"]
-    worked_out = plans.make_plan(preset, cluster, zero=zero, rank=rank, settings=tuple(settings or ()))
+    worked_out = make_plan(preset, cluster, zero=zero, rank=rank, settings=tuple(settings or ()))
     if json:
         import json as encoder
 
-        typer.echo(encoder.dumps(plans.facts(worked_out, made), indent=2))
+        typer.echo(encoder.dumps(facts(worked_out, made), indent=2))
     else:
-        plans.show(worked_out, made)
+        show(worked_out, made)
 
 
 @app.command("audit-precision")
