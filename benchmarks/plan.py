@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from dalle.cluster import Choice, Cluster
 from dalle.engine import Engine
+from dalle.forecast import memory
 from dalle.optim import AdamW, Average
 from dalle.packed import PackedAdamW
-from dalle.plan import Choice, Cluster, memory
 from stage2_prior.config import PriorConfig
 from stage2_prior.loss import AT_ONCE, losses
 from stage2_prior.model import Prior

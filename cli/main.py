@@ -5,11 +5,13 @@ import os
 import signal
 import sys
 import traceback
+from json import dumps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from cli import options as opt
 from dalle import __version__
 from dalle.errors import DalleError
 
@@ -19,97 +21,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train a DALL·E of your own and draw with it: train-dvae, then train-prior, then sample.",
 )
-
 DEFAULT_RUN = Path("runs/default")
-
-Run = Annotated[Path, typer.Option("--run", help="Run folder: everything of one model.")]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        help="Pictures with captions: scenes (built in), a folder of images with .txt captions, a .jsonl, "
-        ".csv or .tsv manifest, or WebDataset .tar shards. By default scenes, or what the run began with.",
-        show_default=False,
-    ),
-]
-Preset = Annotated[
-    str | None,
-    typer.Option(
-        "--preset",
-        help="tiny (two CPU cores, minutes), small (one GPU, hours), base (one machine of GPUs) or paper. "
-        "By default the one that suits this machine.",
-        show_default=False,
-    ),
-]
-Steps = Annotated[
-    int | None,
-    typer.Option(
-        "--steps", min=0, help="Updates in all; a new run's schedules scale with it.", show_default=False
-    ),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as --set lr=1e-3. Repeatable."),
-]
-Temperature = Annotated[
-    float, typer.Option(help="Below 1: likelier and less varied codes; 0: always the likeliest.")
-]
-TopK = Annotated[int | None, typer.Option(help="Draw only from the K likeliest codes.", show_default=False)]
-TopP = Annotated[
-    float | None,
-    typer.Option(
-        help="Draw only from the likeliest codes that reach probability P; by default the run's own.",
-        show_default=False,
-    ),
-]
-Processes = Annotated[
-    int | None,
-    typer.Option(
-        "--processes",
-        min=1,
-        help="Processes on this machine, one for each GPU. Leave it out under torchrun, deepspeed or srun, "
-        "which start them themselves.",
-        show_default=False,
-    ),
-]
-Machines = Annotated[
-    int | None,
-    typer.Option(
-        "--machines",
-        min=1,
-        help="Pretend that this machine is so many, each of --processes processes: to try how gradients are "
-        "compressed between machines (--set compression_rank=…). Real ones are known by their launcher.",
-        show_default=False,
-    ),
-]
-Zero = Annotated[
-    int | None,
-    typer.Option(
-        "--zero",
-        min=0,
-        max=3,
-        help="What several processes partition (DeepSpeed ZeRO): 1 the optimizer's moments, 2 gradients too, "
-        "3 weights too; 0 nothing. By default 1, or what the run has.",
-        show_default=False,
-    ),
-]
-Guidance = Annotated[
-    float | None,
-    typer.Option(
-        help="Above 1: nearer to the caption and less varied; by default the run's own.",
-        show_default=False,
-    ),
-]
-ShowConfig = Annotated[
-    bool, typer.Option("--show-config", help="Print every setting with the paper's value, and stop.")
-]
 
 
 @app.command()
-def demo(
-    minutes: Annotated[float, typer.Option(help="How long it may take, about.")] = 12.0,
-    run: Annotated[Path, typer.Option("--run", help="Run folder of the demo.")] = Path("runs/demo"),
-) -> None:
+def demo(minutes: opt.Minutes = 12.0, run: opt.DemoRun = Path("runs/demo")) -> None:
     """The whole road on built-in drawings: train both stages, draw unseen prompts, judge, write a report."""
     from dalle.demo import demo as whole_road
 
@@ -120,20 +36,15 @@ def demo(
 
 @app.command()
 def evaluate(
-    run: Run = DEFAULT_RUN,
-    prompts: Annotated[int, typer.Option(min=1, help="Of every kind.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Decides the noise.")] = 0,
-    temperature: Temperature = 1.0,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    guidance: Guidance = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for report.html and report.json; by default the run's.", show_default=False
-        ),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the figures, for machines.")] = False,
+    run: opt.Run = DEFAULT_RUN,
+    prompts: opt.PromptsOfAKind = 100,
+    seed: opt.Seed = 0,
+    temperature: opt.Temperature = 1.0,
+    top_k: opt.TopK = None,
+    top_p: opt.TopP = None,
+    guidance: opt.Guidance = None,
+    out: opt.ReportFolder = None,
+    json: opt.Json = False,
 ) -> None:
     """Draw unseen prompts of the built-in scenes and judge them; writes report.html and report.json."""
     from dalle.builtin import FOLDER, find_run
@@ -149,23 +60,21 @@ def evaluate(
     folder = out or (Path("evaluation") if found == FOLDER else run)
     figures = judge_and_report(found, prompts, command, folder, seed=seed, sampling=sampling)
     if json:
-        import json as encoder
-
-        typer.echo(encoder.dumps(figures, indent=2))
+        _echo_json(figures)
     else:
         typer.echo(folder / "report.html")
 
 
 @app.command("train-dvae")
 def train_dvae(
-    data: Data = None,
-    run: Run = DEFAULT_RUN,
-    preset: Preset = None,
-    steps: Steps = None,
-    settings: Settings = None,
-    processes: Processes = None,
-    zero: Zero = None,
-    show_config: ShowConfig = False,
+    data: opt.Data = None,
+    run: opt.Run = DEFAULT_RUN,
+    preset: opt.Preset = None,
+    steps: opt.Steps = None,
+    settings: opt.Settings = None,
+    processes: opt.Processes = None,
+    zero: opt.Zero = None,
+    show_config: opt.ShowConfig = False,
 ) -> None:
     """Stage 1: train the discrete VAE. The same command again goes on where it stopped."""
     _become_several(processes, show_config)
@@ -185,15 +94,15 @@ def train_dvae(
 
 @app.command("train-prior")
 def train_prior(
-    data: Data = None,
-    run: Run = DEFAULT_RUN,
-    preset: Preset = None,
-    steps: Steps = None,
-    settings: Settings = None,
-    processes: Processes = None,
-    machines: Machines = None,
-    zero: Zero = None,
-    show_config: ShowConfig = False,
+    data: opt.Data = None,
+    run: opt.Run = DEFAULT_RUN,
+    preset: opt.Preset = None,
+    steps: opt.Steps = None,
+    settings: opt.Settings = None,
+    processes: opt.Processes = None,
+    machines: opt.Machines = None,
+    zero: opt.Zero = None,
+    show_config: opt.ShowConfig = False,
 ) -> None:
     """Stage 2: train the prior on the run's dVAE. The same command again goes on where it stopped."""
     _become_several(processes, show_config, machines)
@@ -222,8 +131,8 @@ def train_prior(
 
 @app.command("verify-resume")
 def verify_resume(
-    run: Annotated[Path, typer.Argument(help="Run folder.")] = DEFAULT_RUN,
-    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    run: opt.RunArgument = DEFAULT_RUN,
+    json: opt.Json = False,
 ) -> None:
     """Replay three updates of each stage, with and without a stop: is what was saved all that counts?"""
     from dalle.checkpoint import state_folders
@@ -243,14 +152,16 @@ def verify_resume(
         raise CheckpointError(f"{run} has no training state: train it first")
     found = {stage: verify(stages[stage]) for stage in saved}
     if json:
-        import json as encoder
-
-        typer.echo(encoder.dumps(found, indent=2))
+        _echo_json(found)
     else:
         for stage, difference in found.items():
             typer.echo(f"{stage}: {difference or 'identical'}")
     if any(found.values()):
         raise typer.Exit(1)
+
+
+def _echo_json(found: Any) -> None:
+    typer.echo(dumps(found, indent=2))
 
 
 def _become_several(processes: int | None, show_config: bool, machines: int | None = None) -> None:
@@ -268,8 +179,8 @@ def _with_zero(settings: list[str] | None, zero: int | None) -> tuple[str, ...]:
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Run folder of a trained model.")],
-    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    run: opt.TrainedRun,
+    out: opt.NewFolder,
 ) -> None:
     """What drawing needs of a run, to hand on: weights in 16 bits, no training states."""
     from dalle.builtin import export as write
@@ -281,48 +192,18 @@ def export(
 
 @app.command()
 def sample(
-    prompts: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="PROMPT…", help="What to draw; - reads prompts from standard input, one a line."
-        ),
-    ],
-    run: Annotated[
-        Path | None,
-        typer.Option(
-            "--run",
-            help="Run folder, or scenes: the built-in model, which is the default without runs/default.",
-            show_default=False,
-        ),
-    ] = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="Pictures per prompt.")] = 1,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Decides the noise: the same seed draws the same pictures.")
-    ] = 0,
-    temperature: Temperature = 1.0,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    guidance: Guidance = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for the pictures; by default R/samples, or samples for the built-in model.",
-            show_default=False,
-        ),
-    ] = None,
-    at_once: Annotated[
-        int, typer.Option(min=1, help="Pictures drawn side by side: more are faster, and need more memory.")
-    ] = 16,
-    weights: Annotated[
-        Literal["auto", "fp32", "fp16", "bf16", "int8"],
-        typer.Option(
-            help="The prior's weights while it draws. auto: the fastest form that changes none of them, or "
-            "bf16 where the machine computes in it; int8 rounds them to 8 bits."
-        ),
-    ] = "auto",
-    preview: Annotated[
-        bool, typer.Option("--preview", help="Show what is drawn so far in preview.png, every few rows.")
-    ] = False,
+    prompts: opt.Prompts,
+    run: opt.DrawingRun = None,
+    n: opt.PerPrompt = 1,
+    seed: opt.Seed = 0,
+    temperature: opt.Temperature = 1.0,
+    top_k: opt.TopK = None,
+    top_p: opt.TopP = None,
+    guidance: opt.Guidance = None,
+    out: opt.SampleFolder = None,
+    at_once: opt.AtOnce = 16,
+    weights: opt.DrawingWeights = "auto",
+    preview: opt.Preview = False,
 ) -> None:
     """Draw pictures for prompts; prints the paths of the PNGs, and of a sheet of all if they are several."""
     from dalle.builtin import ABOUT, FOLDER, NAME, find_run
@@ -369,14 +250,9 @@ def _standard_input() -> list[str]:
 
 @app.command()
 def reconstruct(
-    images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE…", help="Pictures to pass through the dVAE and back.")
-    ],
-    run: Run = DEFAULT_RUN,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the results; by default R/reconstructions.", show_default=False),
-    ] = None,
+    images: opt.Images,
+    run: opt.Run = DEFAULT_RUN,
+    out: opt.ReconstructionFolder = None,
 ) -> None:
     """Pictures through the dVAE and back; prints the path of each pair, before and after."""
     from dalle.builtin import find_run
@@ -391,9 +267,9 @@ def reconstruct(
 
 @app.command("import-dvae")
 def import_dvae(
-    encoder: Annotated[Path, typer.Option(help="OpenAI's encoder.pkl.")],
-    decoder: Annotated[Path, typer.Option(help="OpenAI's decoder.pkl.")],
-    run: Run,
+    encoder: opt.EncoderFile,
+    decoder: opt.DecoderFile,
+    run: opt.Run,
 ) -> None:
     """Take over OpenAI's released dVAE. Nothing in the two files is executed: only tensors are read."""
     from dalle.console import say
@@ -408,8 +284,8 @@ def import_dvae(
 
 @app.command()
 def info(
-    run: Annotated[Path, typer.Argument(help="Run folder.")] = DEFAULT_RUN,
-    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    run: opt.RunArgument = DEFAULT_RUN,
+    json: opt.Json = False,
 ) -> None:
     """What a run folder holds: shapes, parameters, steps, data, the last metrics."""
     from dalle.builtin import find_run
@@ -417,20 +293,15 @@ def info(
 
     facts = facts_of_run(find_run(run))
     if json:
-        import json as encoder
-
-        typer.echo(encoder.dumps(facts, indent=2))
+        _echo_json(facts)
     else:
         typer.echo(describe_run(facts))
 
 
 @app.command()
 def bench(
-    json: Annotated[bool, typer.Option("--json", help="For machines, on standard output.")] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Folder for a dated JSON file and the table.", show_default=False),
-    ] = None,
+    json: opt.Json = False,
+    out: opt.BenchFolder = None,
 ) -> None:
     """Measure training, drawing, the dVAE and data reading, beside what this machine reaches: 2 minutes."""
     from dalle.bench import bench as measure
@@ -438,76 +309,57 @@ def bench(
 
     result = measure()
     if json:
-        import json as encoder
-
-        typer.echo(encoder.dumps(result, indent=2))
+        _echo_json(result)
     if (path := report(result, out, quiet=json)) is not None:
         typer.echo(f"written to {path}", err=True)
 
 
 @app.command()
 def plan(
-    preset: Annotated[str, typer.Option(help="Of the prior: tiny, small, base or paper.")] = "paper",
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 1,
-    gpus_per_machine: Annotated[int, typer.Option(min=1, help="GPUs of one machine.")] = 8,
-    memory: Annotated[str, typer.Option(help="Memory of one GPU, such as 16GB.")] = "16GB",
-    zero: Annotated[
-        int | None,
-        typer.Option(min=0, max=3, help="ZeRO stage; by default the lowest that fits.", show_default=False),
-    ] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Total rank of gradients between machines; 0: in full. By default the paper's rule.",
-            show_default=False,
-        ),
-    ] = None,
-    rate: Annotated[
-        float | None,
-        typer.Option(
-            help="TFLOP/s of one GPU's matrix products; by default measured on this machine.",
-            show_default=False,
-        ),
-    ] = None,
-    within: Annotated[float, typer.Option(help="GB/s that a GPU sends within its machine.")] = 100.0,
-    between: Annotated[float, typer.Option(help="GB/s that a machine sends to others.")] = 12.5,
-    data: Data = None,
-    hours: Annotated[
-        float | None,
-        typer.Option(help="Propose preset, batch and steps for --data in so many hours.", show_default=False),
-    ] = None,
-    settings: Settings = None,
-    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
-) -> None:  # fmt: skip
+    preset: opt.PlannedPreset = "paper",
+    gpus: opt.Gpus = 1,
+    gpus_per_machine: opt.GpusPerMachine = 8,
+    memory: opt.GpuMemory = "16GB",
+    zero: opt.PlannedZero = None,
+    rank: opt.Rank = None,
+    rate: opt.Rate = None,
+    within: opt.Within = 100.0,
+    between: opt.Between = 12.5,
+    data: opt.Data = None,
+    hours: opt.Hours = None,
+    settings: opt.Settings = None,
+    json: opt.Json = False,
+) -> None:
     """What a training of the prior takes: memory of each GPU, traffic, time; and what would fit."""
-    from dalle import plan as plans
+    from dalle.ceiling import gemm_rate
+    from dalle.cluster import Cluster, size_in_bytes
     from dalle.data.open import open_source
+    from dalle.plan import make_plan, propose
+    from dalle.plan_report import facts, show
+    from dalle.precision import best_device, choose
 
-    speed = rate * 1e12 if rate is not None else plans.measured_rate()
-    cluster = plans.Cluster(
-        gpus, gpus_per_machine, plans.size_in_bytes(memory), within * 1e9, between * 1e9, speed
-    )
+    device = best_device()
+    speed = rate * 1e12 if rate is not None else gemm_rate(device, choose("auto", device))
+    cluster = Cluster(gpus, gpus_per_machine, size_in_bytes(memory), within * 1e9, between * 1e9, speed)
     if (data is None) != (hours is None):
         raise DalleError("--data and --hours go together: both are needed to propose a run")
     made = None
     if data is not None and hours is not None:
-        made = plans.propose(cluster, len(open_source(data, "train", 256)), hours)
+        made = propose(cluster, len(open_source(data, "train", 256)), hours)
         preset, settings = made.preset, [f"batch_size={made.batch_size}", f"steps={made.steps}"]
-    worked_out = plans.make_plan(preset, cluster, zero=zero, rank=rank, settings=tuple(settings or ()))
+    worked_out = make_plan(preset, cluster, zero=zero, rank=rank, settings=tuple(settings or ()))
     if json:
-        import json as encoder
-
-        typer.echo(encoder.dumps(plans.facts(worked_out, made), indent=2))
+        _echo_json(facts(worked_out, made))
     else:
-        plans.show(worked_out, made)
+        show(worked_out, made)
 
 
 @app.command("audit-precision")
 def audit_precision(
-    run: Annotated[Path, typer.Argument(help="Run folder of a trained model.")] = DEFAULT_RUN,
-    batches: Annotated[int, typer.Option(min=1, help="Batches to look at.")] = 4,
-    data: Data = None,
-    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    run: opt.TrainedRun = DEFAULT_RUN,
+    batches: opt.Batches = 4,
+    data: opt.Data = None,
+    json: opt.Json = False,
 ) -> None:
     """Which gradients of the prior fp16 would lose: under one scale, and under one for each resblock."""
     from dalle.audit import describe
@@ -518,9 +370,7 @@ def audit_precision(
     found = find_run(run)
     facts = {"run": str(run), **audit(found / "prior", codes_of(found), batches, data)}
     if json:
-        import json as encoder
-
-        typer.echo(encoder.dumps(facts, indent=2))
+        _echo_json(facts)
     else:
         typer.echo(describe(facts))
 

@@ -25,7 +25,7 @@ from dalle.data.open import open_source
 from dalle.engine import Engine
 from dalle.optim import AdamW, Average
 from dalle.pipeline import TextToImage
-from dalle.precision import Arithmetic, arithmetic, best_device, choose
+from dalle.precision import DTYPES, Arithmetic, arithmetic, best_device, choose
 from dalle.process import keep_freed_memory
 from dalle.threads import Threads, cores
 from stage1_dvae.config import PRESETS as DVAE_PRESETS
@@ -173,9 +173,8 @@ def _prior_step(
     label: str, config: PriorConfig, batch: int, device: torch.device, precision: Arithmetic
 ) -> list[Row]:
     say(f"bench: training the prior, {label}")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     threads = Threads(cores(device))
-    chosen = backends.choose("auto", config, max(1, batch // threads.count), dtype, device)
+    chosen = backends.choose("auto", config, max(1, batch // threads.count), DTYPES[precision], device)
     model = Prior(config).to(device)
     model.attend_by(chosen)
     tokens, codes, words = _captions_and_codes(config, batch)

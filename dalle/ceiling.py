@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from dalle.precision import Arithmetic
+from dalle.precision import DTYPES, Arithmetic
 from dalle.threads import Threads, cores
 
 SIDES = {"cpu": 1024, "cuda": 8192}  # of square matrices; larger ones are no faster
@@ -22,8 +22,7 @@ def gemm_rate(device: torch.device, precision: Arithmetic) -> float:
     """
     if device.type == "cpu" and precision == "fp16":
         return gemm_rate(device, "fp32")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    side, threads = SIDES[device.type], Threads(cores(device))
+    side, threads, dtype = SIDES[device.type], Threads(cores(device)), DTYPES[precision]
     squares = [
         (
             torch.ones(side, side, dtype=dtype, device=device),

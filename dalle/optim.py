@@ -57,8 +57,7 @@ class AdamW(torch.optim.AdamW):
             beta2 = group["betas"][1]
             for p in group["params"]:
                 if (state := self.state.get(p)) and p.grad is not None:
-                    room = (limit - (1 - beta2) * p.grad.float().square()) / beta2
-                    torch.minimum(state["exp_avg_sq"], room.clamp_min_(0), out=state["exp_avg_sq"])
+                    make_room(state["exp_avg_sq"], p.grad.float(), beta2, limit)
 
     def moments(self) -> dict[str, Tensor]:
         """Both running moments and the update counts by parameter name, to be saved."""
@@ -83,6 +82,12 @@ class AdamW(torch.optim.AdamW):
                     else torch.empty((), device=p.device)
                 )
                 self.state[p][kind] = like.copy_(value)
+
+
+def make_room(variance: Tensor, gradient: Tensor, beta2: float, limit: float) -> None:
+    """Lower the variance, in place, so that it stays within `limit` once this gradient has entered it."""
+    room = (limit - (1 - beta2) * gradient.square()) / beta2
+    torch.minimum(variance, room.clamp_min_(0), out=variance)
 
 
 def full_shape(parameter: Tensor) -> tuple[int, ...]:

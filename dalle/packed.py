@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle.minifloat import SIGNED, UNSIGNED
-from dalle.optim import AdamW, full_shape
+from dalle.optim import AdamW, full_shape, make_room
 
 CHUNK = 2**16  # numbers unpacked at a time: they stay in the cache from unpacking to packing
 SMALL = 8192  # tensors of fewer numbers keep fp32 moments
@@ -89,8 +89,7 @@ class PackedAdamW(AdamW):
         for weights, gradient, means, variances in zip(*parts, strict=True):
             mean, variance = SIGNED.unpack(means), UNSIGNED.unpack(variances)
             if limit is not None and self.grad_norm**2 > limit:
-                room = (limit - (1 - beta2) * gradient.square()) / beta2
-                torch.minimum(variance, room.clamp_min_(0), out=variance)
+                make_room(variance, gradient, beta2, limit)
             torch._fused_adamw_(
                 [weights], [gradient], [mean], [variance], [], [state["step"]],
                 lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],

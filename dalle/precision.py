@@ -10,6 +10,7 @@ from dalle.errors import ConfigError
 
 Arithmetic = Literal["fp32", "bf16", "fp16"]  # of matrix products; weights are fp32 in each
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+DTYPES: dict[Arithmetic, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def best_device() -> torch.device:
@@ -49,7 +50,6 @@ def arithmetic(precision: Arithmetic, device: torch.device) -> AbstractContextMa
     """The context in which forward passes run: matrix products in 16 bits, the rest and all weights fp32."""
     if precision == "fp32":
         return nullcontext()
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
     # A pass uses each weight once. A cache of their casts would hold all of them to its end, which at twelve
     # billion parameters is 24 GB.
-    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+    return torch.autocast(device.type, dtype=DTYPES[precision], cache_enabled=False)

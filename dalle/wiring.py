@@ -114,27 +114,22 @@ def make_engine(
         model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
         variance_limit=variance_limit,
     )  # fmt: skip
+    ema = (config.ema_decay, config.ema_every)
+    engine: Callable[..., Engine]
+    if here.world == 1 or config.zero == 0:
+        engine = partial(Engine, model, optimizer, Average(model.parameters(), *ema))
+    else:
+        from dalle.zero import ZeroEngine
+
+        engine = partial(
+            ZeroEngine, model, optimizer, ema=ema,
+            stage=config.zero, micro_batches=micro_batches, offload=config.offload,
+        )  # fmt: skip
     compression = make_compression(config, matrices)
     scaling = Scaling(model, micro_batches) if precision == "fp16" else None
-    if here.world == 1 or config.zero == 0:
-        average = Average(model.parameters(), config.ema_decay, config.ema_every)
-        return Engine(
-            model,
-            optimizer,
-            average,
-            clip=config.clip,
-            precision=precision,
-            scaling=scaling,
-            topology=here,
-            compression=compression,
-        )
-    from dalle.zero import ZeroEngine
-
-    return ZeroEngine(
-        model, optimizer, ema=(config.ema_decay, config.ema_every), clip=config.clip, precision=precision,
-        scaling=scaling, topology=here, stage=config.zero, micro_batches=micro_batches,
-        offload=config.offload, compression=compression,
-    )  # fmt: skip
+    return engine(
+        clip=config.clip, precision=precision, scaling=scaling, topology=here, compression=compression
+    )
 
 
 def make_loader(source: Source, prepare: Prepare, config: Training, min_side: int) -> Loader:

@@ -26,6 +26,7 @@ from dalle.precision import Arithmetic
 from dalle.scaling import Scaling
 
 BUCKET = 50_000_000  # numbers that are reduced or gathered at a time
+LIVE = 4 * BUCKET  # numbers of weights that stage 3 keeps whole, at most
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -66,8 +67,8 @@ def settings(stage: int, micro_batches: int, offload: str) -> dict[str, Any]:
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,
         "stage3_prefetch_bucket_size": BUCKET,
-        "stage3_max_live_parameters": 4 * BUCKET,
-        "stage3_max_reuse_distance": 4 * BUCKET,
+        "stage3_max_live_parameters": LIVE,
+        "stage3_max_reuse_distance": LIVE,
     }
     if offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

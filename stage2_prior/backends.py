@@ -67,20 +67,17 @@ def _mask(kind: Kind, text: int, grid: int, kernel: int, device: torch.device) -
         return dense(kind, text, grid, kernel).to(device)
 
 
-class Block:
+class Block(Dense):
     """The structured form: about `TOGETHER` queries at a time against the text and one window of image slots.
 
     The row mask reaches back one row in raster order, the convolutional mask half its kernel. Column layers
     take the picture column by column.
     """
 
-    def __init__(self, config: PriorConfig, kind: Kind) -> None:
-        self.reference, self.config, self.kind = Dense(config, kind), config, kind
-
     def __call__(self, qkv: Float[Tensor, "b t three_w"], heads: int) -> Float[Tensor, "b t w"]:
         c = self.config
         if qkv.shape[1] != c.length:
-            return self.reference(qkv, heads)
+            return super().__call__(qkv, heads)  # a shorter sequence
         layout = _layout(self.kind, c.text_length, c.grid, c.kernel, qkv.device, qkv.dtype)
         y: Tensor = _BlockAttention.apply(qkv, heads, layout)
         return y
@@ -129,8 +126,6 @@ def _layout(
 ) -> _Layout:
     cells, together = grid**2, max(1, TOGETHER // grid) * grid
     by_column = kind == "column" and together < cells
-    image = torch.arange(cells).view(grid, grid)
-    slots = torch.cat([torch.arange(text), text + (image.t() if by_column else image).flatten()])
     reach = {"row": grid, "column": 0, "conv": kernel // 2 * (grid + 1)}[kind]
 
     def tile(start: int, stop: int, first: int) -> _Tile:
@@ -140,6 +135,8 @@ def _layout(
         return _Tile(slice(start, stop), min(text, stop), slice(first, stop), bias.to(device, dtype))
 
     with _lasting():
+        image = torch.arange(cells).view(grid, grid)
+        slots = torch.cat([torch.arange(text), text + (image.t() if by_column else image).flatten()])
         words = [(at, min(text, at + TOGETHER)) for at in range(0, text, TOGETHER)]
         patches = [(at, min(cells, at + together)) for at in range(0, cells, together)]
         tiles = [tile(start, stop, stop) for start, stop in words]
@@ -189,16 +186,13 @@ class _BlockAttention(torch.autograd.Function):
         return rearrange(dx, "three b h t d -> b t (three h d)"), None, None
 
 
-class Flex:
+class Flex(Dense):
     """PyTorch's FlexAttention: one kernel, compiled from the mask's definition, that skips empty tiles."""
-
-    def __init__(self, config: PriorConfig, kind: Kind) -> None:
-        self.reference, self.config, self.kind = Dense(config, kind), config, kind
 
     def __call__(self, qkv: Float[Tensor, "b t three_w"], heads: int) -> Float[Tensor, "b t w"]:
         c = self.config
         if qkv.shape[1] != c.length:
-            return self.reference(qkv, heads)
+            return super().__call__(qkv, heads)  # a shorter sequence
         q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=heads)
         mask = _block_mask(self.kind, c.text_length, c.grid, c.kernel, qkv.device)
         return rearrange(_compiled()(q, k, v, block_mask=mask), "b h t d -> b t (h d)")

@@ -24,7 +24,7 @@ from dalle.distributed import topology
 from dalle.errors import ConfigError
 from dalle.optim import parameter_count
 from dalle.pictures import contact_sheet, save_png, to_images, to_pixels
-from dalle.precision import Arithmetic, best_device, choose
+from dalle.precision import DTYPES, Arithmetic, best_device
 from dalle.runs import Options, Plan, plan
 from dalle.schedules import Plateau, cosine, warmup
 from dalle.text import NO_TOKEN, Tokenizer
@@ -132,7 +132,8 @@ def prepare(options: Options, codes: Codes, *, preset: str, data: str) -> Sessio
     if here.main:
         run.write(dvae=codes.fingerprint, tokenizer=tokenizer.fingerprint())
     prompts = list(SCENE_PROMPTS) if run.data == "scenes" else _captions(unseen, SHOWN)
-    stage = Stage2(model, run, codes, tokenizer, tuple(t.to(device) for t in heldout), prompts)
+    heldout = tuple(t.to(device) for t in heldout)
+    stage = Stage2(model, run, codes, tokenizer, heldout, prompts, precision)
     return Session(stage, engine, loader, config, run.folder, here)
 
 
@@ -140,8 +141,7 @@ def _attention(run: Plan, device: torch.device, precision: Arithmetic) -> Backen
     """The setting resolved. It is kept in config.json: a run that goes on has to give the same bits."""
     config: PriorTraining = run.training
     pictures = max(1, config.batch_size // config.micro_batches(topology().world) // cores(device))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return backends.choose(config.attention, run.model, min(pictures, TRIED), dtype, device)
+    return backends.choose(config.attention, run.model, min(pictures, TRIED), DTYPES[precision], device)
 
 
 def _tokenizer(run: Plan, source: Source) -> Tokenizer:
@@ -222,8 +222,9 @@ class Stage2:
         tokenizer: Tokenizer,
         heldout: tuple[Tensor, ...],
         prompts: list[str],
+        precision: Arithmetic,
     ) -> None:
-        self.model, self.run, self.codes = model, run, codes
+        self.model, self.run, self.codes, self.precision = model, run, codes, precision
         self.config: PriorTraining = run.training
         self.tokens_per_picture = run.model.length
         self.flops_per_picture = 3 * matrix_flops(run.model)  # the backward pass takes twice the forward's
@@ -311,9 +312,7 @@ class Stage2:
         """One drawing of each fixed prompt, always with the same noise."""
         cells = self.run.model.cells
         uniform = noise(self.config.seed, range(len(self.prompts)), cells)
-        decoder = Decoder(
-            self.model, len(self.prompts), precision=choose(self.config.precision, best_device())
-        )
+        decoder = Decoder(self.model, len(self.prompts), precision=self.precision)
         how = Sampling(top_p=self.config.top_p, guidance=self.config.guidance)
         text = read(decoder, self.prompt_tokens, how)
         drawn = torch.stack(list(draw(decoder, text, uniform, how)), 1)

@@ -15,7 +15,7 @@ import torch
 
 from dalle.checkpoint import State, newest_state, state_folders
 from dalle.metrics import read_metrics
-from tests.e2e.settings import dvae, options, prior
+from tests.e2e.settings import begin, dvae, options, prior
 
 pytestmark = pytest.mark.distributed
 
@@ -72,13 +72,6 @@ def straight(tmp_path_factory) -> Path:
         command = Command(folder, *stage(folder / "run", *OFTEN, steps=STEPS))
         assert command.ends() == 0, command.said
     return folder / "run"
-
-
-def begin(straight: Path, tmp_path: Path, stage: str) -> Path:
-    run = tmp_path / "run"
-    if stage == "prior":
-        shutil.copytree(straight / "dvae", run / "dvae")
-    return run
 
 
 @pytest.mark.parametrize("stage", ["dvae", "prior"])

@@ -1,5 +1,6 @@
 """The options that make training a matter of a second."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +25,11 @@ def dvae(run: Path, *more: Any, steps: int = 4) -> list[Any]:
 
 def prior(run: Path, *more: Any, steps: int = 4) -> list[Any]:
     return ["train-prior", "--preset", "tiny", "--run", run, "--steps", steps, *PRIOR, *more]
+
+
+def begin(trained: Path, tmp_path: Path, stage: str) -> Path:
+    """A run in which `stage` is the next to be trained, after the dVAE of the run `trained`."""
+    run = tmp_path / "run"
+    if stage == "prior":
+        shutil.copytree(trained / "dvae", run / "dvae")
+    return run

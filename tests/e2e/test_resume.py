@@ -12,7 +12,7 @@ import pytest
 
 from dalle.checkpoint import State, state_folders
 from dalle.metrics import read_metrics
-from tests.e2e.settings import dvae, options, prior
+from tests.e2e.settings import begin, dvae, options, prior
 
 STEPS = 60
 LAST = f"step-{STEPS:08d}"
@@ -46,13 +46,6 @@ def straight(dalle, tmp_path_factory) -> Path:
     for command in COMMANDS.values():
         done = dalle(*command(run, *OFTEN, steps=STEPS))
         assert done.code == 0, done.err
-    return run
-
-
-def begin(straight: Path, tmp_path: Path, stage: str) -> Path:
-    run = tmp_path / "run"
-    if stage == "prior":
-        shutil.copytree(straight / "dvae", run / "dvae")
     return run
 
 

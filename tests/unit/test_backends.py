@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_mask
 
 from dalle.errors import ConfigError
@@ -102,6 +103,20 @@ def test_a_layout_made_while_evaluating_serves_training():
         passed(name, "row", config, qkv, torch.ones(1, config.length, 24))
 
 
+@pytest.mark.parametrize("name", ["dense", "block"])
+@every_kind
+def test_a_layout_made_on_tensors_without_data_serves_training(kind, name):
+    config = shape(7, 4, 3)
+    qkv, gradient = torch.randn(1, config.length, 72), torch.randn(1, config.length, 24)
+    expected = passed(name, kind, config, qkv, gradient)
+    backends._layout.cache_clear()
+    backends._mask.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        BACKENDS[name](config, kind)(torch.zeros(1, config.length, 72), 2)
+    for found, right in zip(passed(name, kind, config, qkv, gradient), expected, strict=True):
+        assert torch.equal(found, right)
+
+
 def test_layers_of_a_kind_share_one_mask():
     backends._mask.cache_clear()
     model = tiny.prior(depth=7)
@@ -118,7 +133,7 @@ def test_what_is_asked_for_is_taken_unmeasured(name, monkeypatch):
 @pytest.mark.parametrize("fastest", ["dense", "block"])
 def test_the_fastest_is_chosen(fastest, monkeypatch):
     kind = BACKENDS[fastest]
-    monkeypatch.setattr(backends, "_seconds", lambda layers, *_: 1.0 if isinstance(layers[0], kind) else 2.0)
+    monkeypatch.setattr(backends, "_seconds", lambda layers, *_: 1.0 if type(layers[0]) is kind else 2.0)
     assert choose("auto", shape(7, 4, 3), 2, torch.float32, CPU) == fastest
 
 

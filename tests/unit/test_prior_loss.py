@@ -109,7 +109,7 @@ def stage(tmp_path, model, **settings) -> Stage2:
     words = tiny.tokenizer()
     heldout = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     tokens = torch.from_numpy(fit(words.encode("red"), model.config.text_length - 1)[0]).repeat(2, 1)
-    return Stage2(model, plan, dvae, words, (heldout, tokens), ["red"])
+    return Stage2(model, plan, dvae, words, (heldout, tokens), ["red"], "fp32")
 
 
 def test_the_text_counts_one_eighth_and_the_picture_seven(tmp_path):

@@ -1,0 +1,77 @@
+"""The machines of a training, and what may be traded on them for memory."""
+
+import re
+from dataclasses import dataclass
+
+from dalle.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machines.
+
+    Args:
+        gpus: in all.
+        per_machine: GPUs of each machine.
+        memory: bytes of one GPU.
+        within: bytes a second that a GPU sends to others of its machine.
+        between: bytes a second that a machine sends to other machines.
+        rate: multiplications and additions a second of one GPU's matrix products.
+    """
+
+    gpus: int
+    per_machine: int
+    memory: float
+    within: float
+    between: float
+    rate: float
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "per_machine", "memory", "within", "between", "rate"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        if self.gpus > self.per_machine and self.gpus % self.per_machine:
+            raise ConfigError(
+                f"--gpus {self.gpus} must be a multiple of --gpus-per-machine {self.per_machine}, "
+                "or no more than that"
+            )
+
+    @property
+    def machines(self) -> int:
+        """How many there are."""
+        return max(1, self.gpus // self.per_machine)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a model is trained on a cluster: what may be traded for memory."""
+
+    stage: int
+    moments: str
+    recompute: bool
+    micro_batch: int  # pictures in one pass of one GPU
+    offload: bool = False
+    rank: int = 0  # total rank of the gradients between machines; 0: not compressed
+
+    def options(self, other: "Choice") -> str:
+        """What changes from `other` to this, as one would type it."""
+        words = {
+            "stage": f"--zero {self.stage}",
+            "moments": f"--set moments={self.moments}",
+            "recompute": f"--set recompute={str(self.recompute).lower()}",
+            "micro_batch": f"{self.micro_batch} pictures in one pass of a GPU",
+            "offload": "--offload cpu",
+            "rank": f"rank {self.rank} between machines" if self.rank else "no compression between machines",
+        }
+        return ", ".join(w for name, w in words.items() if getattr(self, name) != getattr(other, name))
+
+
+def size_in_bytes(text: str) -> float:
+    """`16GB` and the like in bytes. Raises `ConfigError` for anything else."""
+    match = re.fullmatch(r"([0-9.]+) *([KMGT]?)(I?)B?", text.strip().upper())
+    try:
+        assert match is not None
+        thousand = 1024 if match[3] else 1000
+        return float(match[1]) * thousand ** " KMGT".index(match[2] or " ")
+    except (AssertionError, ValueError):
+        raise ConfigError(f"--memory {text!r} is no size; write it as 16GB or 40GiB") from None

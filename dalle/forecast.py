@@ -1,0 +1,163 @@
+"""What a training of the prior takes of a cluster: memory of a GPU, traffic of an update, time of a run.
+
+Memory is that of this program: DeepSpeed in fp32 mode, partitioned over the GPUs of one machine where
+gradients are compressed between machines, over all GPUs otherwise. Beside it stands what the paper held, with
+weights in fp16. Activations are found by running a step on tensors without data (`stage2_prior.footprint`).
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dalle.cluster import Choice, Cluster
+from dalle.zero import BUCKET, LIVE
+from stage2_prior.config import PriorConfig, PriorTraining
+from stage2_prior.footprint import Footprint, flops, footprint, parameters
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU."""
+
+    weights: float
+    gradients: float
+    moments: float
+    average: float
+    errors: float
+    activations: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return float(sum(asdict(self).values()))
+
+
+def memory(
+    model: PriorConfig,
+    choice: Choice,
+    cluster: Cluster,
+    precision: Any = "bf16",
+    held: Footprint | None = None,
+) -> Memory:
+    """What one GPU holds in this program; `held` by forward and backward pass, if it is known.
+
+    ZeRO keeps an fp32 copy of its partition of the weights beside the ones that the model computes with.
+    """
+    matrices, rest = parameters(model)
+    n, stage = matrices + rest, choice.stage if cluster.gpus > 1 else 0
+    shards = cluster.gpus if not choice.rank else cluster.gpus // cluster.machines
+    share = (
+        [1, 1, 1, 1]
+        if stage == 0
+        else [shards if stage >= 3 else 1, shards if stage >= 2 else 1, shards, shards]
+    )
+    of_weights, of_gradients, of_moments, of_average = share
+    held = held or footprint(model, choice.micro_batch, choice.recompute, precision)
+    activations = held.partitioned if stage >= 2 else held.whole - 4 * n
+    errors = 2.0 * matrices / shards if choice.rank else 0.0
+    on_gpu = not (choice.offload and stage)
+    packed = choice.moments == "16bit"
+    return Memory(
+        weights=4 * n / of_weights + (4 * n / of_moments if stage and on_gpu else 0),
+        gradients=4 * n / of_gradients,
+        moments=(4 * matrices + 8 * rest if packed else 8 * n) / of_moments if on_gpu else 0.0,
+        average=4 * n / of_average if on_gpu else 0.0,
+        errors=errors,
+        activations=float(max(0, activations)),
+        buffers=_buffers(n, stage, cluster),
+    )
+
+
+def _buffers(n: int, stage: int, cluster: Cluster) -> float:
+    if cluster.gpus == 1:
+        return 0.0
+    if stage == 0:
+        return 4.0 * n  # the gradients, flat, while they are averaged
+    return 4.0 * (min(n, BUCKET) + min(n, LIVE if stage == 3 else BUCKET))
+
+
+def paper_memory(model: PriorConfig, batch: int, shards: int) -> Memory:
+    """What one GPU held in the paper.
+
+    Weights of the resblocks in fp16, their moments and error sums in 16 bits, all partitioned; gradients go
+    straight into the error sums; the average lives in main memory; the input of every resblock is kept in
+    fp32. The weights of two resblocks and the gradient of one are whole at a time.
+
+    Source: paper, §3 and App. D and E.
+    """
+    matrices, rest = parameters(model)
+    resblock = 2.0 * 8 * model.width**2
+    kept = 4.0 * batch * model.length * model.width * 2 * model.depth
+    within = 2.0 * batch * model.length * 4 * model.width * 3  # hidden layer, its activation and a gradient
+    return Memory(
+        weights=(2 * matrices + 4 * rest) / shards,
+        gradients=4 * rest / shards,
+        moments=(4 * matrices + 8 * rest) / shards,
+        average=0.0,
+        errors=2 * matrices / shards,
+        activations=kept + within,
+        buffers=3 * resblock,
+    )
+
+
+def compression(rank: int, width: int, shards: int) -> float:
+    """Share of the bytes between machines that low rank saves for a layer's matrices.
+
+    Source: paper, App. E.1: 1 − r(m+2)/(2dm), which is 1 − 5r/8d for m = 8 GPUs a machine.
+    """
+    return 1 - rank * (shards + 2) / (2 * width * shards)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one update sends, and seconds that they take."""
+
+    within: float  # by one GPU, to others of its machine
+    between: float  # by one machine, to the others
+    plain_between: float  # the same without compression
+    within_seconds: float
+    between_seconds: float
+
+
+def traffic(model: PriorConfig, choice: Choice, cluster: Cluster) -> Traffic:
+    """Of an update: gradients are averaged and weights gathered; with recomputation stage 3 gathers twice."""
+    matrices, rest = parameters(model)
+    n, m, machines = matrices + rest, cluster.gpus // cluster.machines, cluster.machines
+    all_reduce, gather = 2 * 4 * n * (m - 1) / m, 4 * n * (m - 1) / m
+    within = {0: all_reduce, 1: all_reduce + gather, 2: all_reduce + gather, 3: 3 * gather}[choice.stage]
+    ring = 2 * (machines - 1) / machines
+    plain = ring * 4.0 * n
+    if choice.rank:
+        kept = 1 - compression(choice.rank, model.width, m)
+        between = ring * (2.0 * matrices * kept + 4.0 * rest)
+    else:
+        # Without it ZeRO partitions over all machines: stage 3 also gathers the weights across them.
+        between = plain * {0: 1.0, 1: 1.5, 2: 1.5, 3: 1.5}[choice.stage]
+    return Traffic(within, between, plain, within / cluster.within, between / cluster.between)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a whole run."""
+
+    step_seconds: float
+    compute_seconds: float
+    flops: float  # of the run, as executed
+    flops_6nd: float  # 6 for every weight of the resblocks and every token
+    days: float
+
+
+def cost(model: PriorConfig, training: PriorTraining, choice: Choice, cluster: Cluster) -> Cost:
+    """Time of matrix products at the given rate, and of traffic between machines after them.
+
+    Traffic within a machine runs beside the products; only what is longer than they are is waited for.
+    """
+    of_step = flops(model, choice.recompute) * training.batch_size
+    compute = of_step / cluster.gpus / cluster.rate
+    sent = traffic(model, choice, cluster)
+    step = max(compute, sent.within_seconds) + sent.between_seconds
+    matrices, _ = parameters(model)
+    tokens = float(training.steps) * training.batch_size * model.length
+    return Cost(
+        step, compute, of_step * training.steps, 6.0 * matrices * tokens, training.steps * step / 86_400
+    )
