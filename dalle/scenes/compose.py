@@ -6,8 +6,8 @@ from random import Random
 
 from dalle.scenes.facts import BACKGROUNDS, RELATIONS, Colour, Object, Relation, Scene, Shape
 from dalle.scenes.splits import (
+    CELLS,
     HELD_OUT_PAIRS,
-    LATTICE,
     TRAINED_PAIRS,
     Pair,
     Split,
@@ -17,11 +17,14 @@ from dalle.scenes.splits import (
 
 Disc = tuple[float, float, float]  # x, y, radius
 
-GAP = 0.05  # between the boxes of two objects, at least
-SLANT = 1  # steps of the lattice by which objects side by side may lie higher or lower than each other
-SMALL, LARGE = 6 / 32, 10 / 32  # radii of an object alone; captions tell these two apart
-BESIDE = COUNTED = SMALL
-INNER, OUTER = 5 / 32, 12 / 32
+# Lengths are in cells. Radii are odd halves and objects stand in the middle of a cell, so that their boxes
+# are whole cells: where a code stands for a cell, an object has the same codes wherever it is.
+MIDDLE = CELLS / 2
+GAP = 0.5  # between the boxes of two objects, at least
+SLANT = 1  # by which objects side by side may lie higher or lower than each other
+AT_THE_SIDE = 3  # from the border: an object alone is nearer than this, or in the middle
+SMALL, LARGE = 1.5, 2.5  # radii of an object alone; captions tell these two apart
+OUTER = 3.5  # of an object that holds another; all others are small
 
 FRAMES: tuple[Shape, ...] = ("circle", "square", "diamond", "ring")  # what another object fits inside
 _BACKGROUNDS = tuple(BACKGROUNDS)
@@ -54,18 +57,19 @@ def _single(rng: Random, pairs: tuple[Pair, ...]) -> Scene:
 
 
 def _object(shape: Shape, colour: Colour, disc: Disc) -> Object:
-    return Object(shape, colour, *disc)
+    x, y, radius = disc
+    return Object(shape, colour, x / CELLS, y / CELLS, radius / CELLS)
 
 
 def _within(rng: Random, low: float, high: float) -> float:
-    """A coordinate between the two, on the lattice."""
-    return rng.randint(math.ceil(low * LATTICE), math.floor(high * LATTICE)) / LATTICE
+    """The middle of a cell between the two."""
+    return rng.randint(math.ceil(low - 0.5), math.floor(high - 0.5)) + 0.5
 
 
 def _nameable(rng: Random, radius: float) -> float:
     """A coordinate plainly at the low side, in the middle or at the high side of the picture."""
-    low = _within(rng, radius, 0.38)
-    return rng.choice((low, 0.5, 1 - low))
+    low = _within(rng, radius, AT_THE_SIDE)
+    return rng.choice((low, MIDDLE, CELLS - low))
 
 
 def _pair(rng: Random, held_out: bool) -> Scene:
@@ -82,34 +86,35 @@ def _pair(rng: Random, held_out: bool) -> Scene:
 
 
 def _inside(rng: Random) -> tuple[Disc, Disc]:
-    x, y = _within(rng, OUTER, 1 - OUTER), _within(rng, OUTER, 1 - OUTER)
-    return (x, y, INNER), (x, y, OUTER)
+    x, y = _within(rng, OUTER, CELLS - OUTER), _within(rng, OUTER, CELLS - OUTER)
+    return (x, y, SMALL), (x, y, OUTER)
 
 
 def _beside(rng: Random, relation: Relation) -> tuple[Disc, Disc]:
     """Two objects as for "left of", then mirrored and turned into what was asked for."""
-    apart = 2 * BESIDE + GAP
+    first, last = SMALL, CELLS - SMALL
     while True:
-        a, b = _within(rng, BESIDE, 0.5), _within(rng, 0.5, 1 - BESIDE)
-        if b - a >= apart:
+        a, b = _within(rng, first, MIDDLE), _within(rng, MIDDLE, last)
+        if b - a >= 2 * SMALL + GAP:
             break
-    c = _within(rng, BESIDE, 1 - BESIDE)
-    d = min(max(c + rng.randint(-SLANT, SLANT) / LATTICE, BESIDE), 1 - BESIDE)
+    c = _within(rng, first, last)
+    d = min(max(c + rng.randint(-SLANT, SLANT), first), last)
     if relation in ("right of", "below"):
         a, b = b, a
     if relation in ("above", "below"):
-        return (c, a, BESIDE), (d, b, BESIDE)
-    return (a, c, BESIDE), (b, d, BESIDE)
+        return (c, a, SMALL), (d, b, SMALL)
+    return (a, c, SMALL), (b, d, SMALL)
 
 
 def _count(rng: Random) -> Scene:
     """Equal objects, each in a quarter of the picture of its own."""
     colour, shape = rng.choice(TRAINED_PAIRS)
-    furthest = 0.5 - GAP / 2 - COUNTED
+    furthest = MIDDLE - GAP / 2 - SMALL
     quarters = rng.sample(tuple(product((False, True), repeat=2)), rng.choice((2, 3, 4)))
     objects = []
     for right, bottom in quarters:
         # In the far half the same span, mirrored, keeps the same distances to border and neighbour.
-        x, y = _within(rng, COUNTED, furthest), _within(rng, COUNTED, furthest)
-        objects.append(_object(shape, colour, (1 - x if right else x, 1 - y if bottom else y, COUNTED)))
+        x, y = _within(rng, SMALL, furthest), _within(rng, SMALL, furthest)
+        disc = (CELLS - x if right else x, CELLS - y if bottom else y, SMALL)
+        objects.append(_object(shape, colour, disc))
     return Scene(rng.choice(_BACKGROUNDS), tuple(objects))

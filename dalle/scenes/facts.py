@@ -37,7 +37,7 @@ BACKGROUNDS: dict[Background, RGB] = {
     "lavender": (200, 195, 240),
 }
 
-SMALL_BELOW = 0.23  # the radius between small and large; no object's is near it
+SMALL_BELOW = 0.22  # the radius between small and large; no object's is near it
 SIDE_BEYOND = 0.08  # from the middle, per axis: further out is a side; no object alone is near it
 
 

@@ -15,8 +15,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 Pair = tuple[Colour, Shape]
 
-LATTICE = 16  # places per side where an object can be: few enough to be learned in minutes
-UNITS = 32  # of the picture's side, in which places and radii are whole numbers
+CELLS = 9  # of a picture per side; an object is centred on one, so there are few enough places to learn
 
 # One for each colour and each shape, so that all of them stay equally common in train.
 HELD_OUT_PAIRS: tuple[Pair, ...] = (
@@ -58,7 +57,11 @@ def is_trained_picture(scene: Scene) -> bool:
     second position, would be learned, and held-out pictures would surprise by it alone.
     """
     seen = sorted(
-        (thing.shape, thing.colour, *(round(UNITS * v) for v in (abs(thing.x - 0.5), thing.y, thing.radius)))
+        (
+            thing.shape,
+            thing.colour,
+            *(round(2 * CELLS * v) for v in (abs(thing.x - 0.5), thing.y, thing.radius)),
+        )
         for thing in scene.objects
     )
     return zlib.crc32(repr((scene.background, seen)).encode()) % 2 == 0
