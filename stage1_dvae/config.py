@@ -131,13 +131,13 @@ PRESETS: dict[str, tuple[DVAEConfig, DVAETraining]] = {
     # Minutes on two CPU cores. Departures from the paper are explained in docs/paper.md.
     "tiny": (
         DVAEConfig(
-            image_size=64,
-            vocab_size=1024,
-            hidden=96,
-            codebook_width=96,
+            image_size=72,
+            vocab_size=2048,
+            hidden=192,
+            codebook_width=192,
             groups=1,
             blocks_per_group=2,
-            patch=4,
+            patch=8,
             gain=1.0,
             pixel_std=0.035,
         ),

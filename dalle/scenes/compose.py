@@ -22,7 +22,7 @@ Disc = tuple[float, float, float]  # x, y, radius
 MIDDLE = CELLS / 2
 GAP = 0.5  # between the boxes of two objects, at least
 SLANT = 1  # by which objects side by side may lie higher or lower than each other
-AT_THE_SIDE = 3  # from the border: an object alone is nearer than this, or in the middle
+AT_THE_SIDE = 3.0  # from the border: an object alone is nearer than this, or in the middle
 SMALL, LARGE = 1.5, 2.5  # radii of an object alone; captions tell these two apart
 OUTER = 3.5  # of an object that holds another; all others are small
 

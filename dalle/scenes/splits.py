@@ -65,3 +65,8 @@ def is_trained_picture(scene: Scene) -> bool:
         for thing in scene.objects
     )
     return zlib.crc32(repr((scene.background, seen)).encode()) % 2 == 0
+
+
+def _halves(*lengths: float) -> list[int]:
+    """In halves of a cell, of which all places and radii are whole numbers."""
+    return [round(2 * CELLS * length) for length in lengths]

@@ -17,7 +17,7 @@ from dalle.errors import ConfigError
 from dalle.scenes.draw import draw
 from dalle.scenes.facts import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, Object, Scene
 from dalle.scenes.source import Scenes
-from dalle.scenes.splits import HELD_OUT_PAIRS, LATTICE, SPLITS, is_held_out, is_trained_picture
+from dalle.scenes.splits import CELLS, HELD_OUT_PAIRS, SPLITS, is_held_out, is_trained_picture
 from dalle.scenes.words import HELD_OUT, NUMBER_WORDS, PLACE_WORDS, TRAINED, caption
 
 N = 800
@@ -334,17 +334,17 @@ def test_a_sample_is_a_function_of_split_and_index(split, index):
 def test_known_scenes_stay_what_they_are():
     """Another stream of random numbers would silently change the data that runs were trained on."""
     assert [Scenes(split).captions(0)[0] for split in SPLITS] == [
-        "a pink triangle and a pink cross",
+        "a picture of a pink triangle over a pink cross",
         "three blue rings on a white background",
-        "a large purple star",
-        "a purple triangle in a pink diamond",
-        "on the right there is a small cyan heart",
+        "an orange circle in the top left corner",
+        "a purple triangle inside a pink diamond",
+        "right of a pink star there is a yellow star",
     ]
     places = [
-        (thing.shape, thing.colour, *(32 * at for at in (thing.x, thing.y, thing.radius)))
+        (thing.shape, thing.colour, *(round(18 * at, 9) for at in (thing.x, thing.y, thing.radius)))
         for thing in Scenes("train").scene(0).objects
     ]
-    assert places == [("triangle", "pink", 10.0, 12.0, 6.0), ("cross", "pink", 12.0, 26.0, 6.0)]
+    assert places == [("triangle", "pink", 3, 3, 3), ("cross", "pink", 3, 11, 3)]
 
 
 def test_pictures_are_distinct():
@@ -352,6 +352,14 @@ def test_pictures_are_distinct():
         sample.image.tobytes() for split in USUAL for sample in map(Scenes(split).__getitem__, range(500))
     }
     assert len(pictures) > 0.99 * 1000
+
+
+def test_boxes_are_whole_cells():
+    for scene, _, _ in every():
+        for thing in scene.objects:
+            for at in (thing.x, thing.y):
+                for side in (at - thing.radius, at + thing.radius):
+                    assert CELLS * side == pytest.approx(round(CELLS * side), abs=1e-9)
 
 
 def test_no_picture_of_another_split_is_in_train():
@@ -368,7 +376,7 @@ def test_no_place_size_or_background_tells_the_split():
     heldout = [scene for scene, _, _ in drawn("heldout") if scene.kind == "single"]
     for of in (
         lambda scene: scene.background,
-        lambda scene: (scene.objects[0].x + scene.objects[0].y) * LATTICE % 2,
+        lambda scene: round((scene.objects[0].x + scene.objects[0].y) * CELLS) % 2,
         lambda scene: scene.objects[0].radius,
         lambda scene: scene.objects[0].place,
     ):
