@@ -122,7 +122,8 @@ class _Samples(Dataset[Batch]):
         sample = self.source[index]
         width, height = sample.image.size
         if min(width, height) < self.min_side:
-            raise BadSample(sample.key, f"{width}×{height} pixels, smaller than image_size={self.min_side}")
+            size = f"{width}×{height} pixels, smaller than image_size={self.min_side}"
+            raise BadSample(sample.key, f"{size} (--set image_size=… chooses another)")
         return self.prepare(sample, rng)
 
     def rng(self, position: int) -> np.random.Generator:
