@@ -84,9 +84,8 @@ def test_other_numbers_of_machines_go_on_with_what_was_left_unsent(tmp_path, tea
     assert losses == pytest.approx(alone["loss"], rel=0.02)
 
 
-def test_four_machines_go_on_as_two_would_but_for_rounding(tmp_path, teams):
+def test_four_machines_go_on_as_two_would_but_for_rounding(tmp_path, teams, machines):
     """Where nothing is partitioned, an update depends on the mean of the error sums alone."""
-    two = relay(teams, tmp_path / "two", [(2, 2, 0)] * 3, "fp32")
-    four = relay(teams, tmp_path / "four", [(2, 2, 0), (4, 1, 0), (2, 2, 0)], "fp32")
-    assert four == pytest.approx(two, rel=1e-5)
-    assert two[3:] != pytest.approx(relay(teams, tmp_path / "none", [(2, 2, 0)] * 3, "full")[3:], rel=1e-4)
+    losses = relay(teams, tmp_path, [(2, 2, 0), (4, 1, 0), (2, 2, 0)], "fp32")
+    assert losses == pytest.approx(machines["fp32 0"]["loss"], rel=1e-5)
+    assert losses[3:] != pytest.approx(machines["full 0"]["loss"][3:], rel=1e-4)
