@@ -132,12 +132,12 @@ PRESETS: dict[str, tuple[DVAEConfig, DVAETraining]] = {
     "tiny": (
         DVAEConfig(
             image_size=64,
-            vocab_size=2048,
-            hidden=192,
-            codebook_width=192,
+            vocab_size=1024,
+            hidden=96,
+            codebook_width=96,
             groups=1,
             blocks_per_group=2,
-            patch=8,
+            patch=4,
             gain=1.0,
             pixel_std=0.035,
         ),

@@ -28,7 +28,7 @@ _BACKGROUNDS = tuple(BACKGROUNDS)
 
 
 def compose(rng: Random, split: Split) -> Scene:
-    """Choose a scene that `split` allows: 45 % one object, 35 % a pair, 20 % two to four equal objects."""
+    """Choose a scene that `split` allows: 40 % one object, 40 % a pair, 20 % two to four equal objects."""
     while True:
         scene = _any(rng, split)
         if is_trained_picture(scene) == (split == "train"):
@@ -41,7 +41,7 @@ def _any(rng: Random, split: Split) -> Scene:
     if split == "relations":
         return _pair(rng, held_out=True)
     kind = rng.random()
-    if kind < 0.45:
+    if kind < 0.40:
         return _single(rng, TRAINED_PAIRS)
     return _pair(rng, held_out=False) if kind < 0.80 else _count(rng)
 
