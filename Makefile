@@ -22,7 +22,7 @@ lint: $(READY)  ## format, lint and types, without changing a file
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-check: lint test  ## what CI runs, and what to run before every commit
+check: lint test test-distributed  ## what CI runs, and what to run before every commit
 
 format: $(READY)  ## rewrite the code in the house format
 	$(BIN)/ruff format .

@@ -274,7 +274,7 @@ class State:
         return set(self._files[file].keys()) if file in self._files else set()
 
     def read(self, file: str, name: str) -> Tensor:
-        """One tensor."""
+        """One tensor, to be copied: what is read twice may share its memory."""
         if name not in self.names(file):
             raise CheckpointError(f"{self.path / file}.safetensors holds no {name}: it is of another model")
         return self._files[file].get_tensor(name)

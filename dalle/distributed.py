@@ -195,6 +195,7 @@ def joined(asked: int | None = None) -> Iterator[Topology]:
         yield _current
         return
     die_with_parent()
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed asks for it, Slurm does not set it
     cuda = torch.cuda.is_available()
     if cuda:
         if local_rank >= torch.cuda.device_count():

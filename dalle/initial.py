@@ -6,8 +6,6 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from dalle.distributed import topology
-
 
 def draw_seed() -> int:
     """A seed from torch's generator, which `torch.manual_seed` decides."""
@@ -18,7 +16,8 @@ def draw_seed() -> int:
 def draw_weights(spreads: Iterable[tuple[Tensor, float]], seed: int) -> None:
     """Draw each parameter from N(0, spread²), one after another, on the CPU.
 
-    Parameters on the meta device are left alone; of partitioned ones, never more than one is whole.
+    Parameters on the meta device are left alone; of partitioned ones, never more than one is whole. Every
+    process draws the same: which one's numbers are kept depends on how the model is partitioned.
     """
     from dalle.zero import whole  # which drawing, where nothing is partitioned, need not load
 
@@ -27,8 +26,6 @@ def draw_weights(spreads: Iterable[tuple[Tensor, float]], seed: int) -> None:
         if parameter.is_meta:
             continue
         with whole([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
-            if not topology().main and hasattr(parameter, "ds_id"):
-                continue  # the first process draws for all
             if spread == 0:
                 parameter.zero_()
             else:

@@ -350,13 +350,17 @@ class ZeroEngine(Engine):
     def load(self, saved: Saved) -> None:
         """See `Engine.load`."""
         counts = [name for name in saved.names("moments") if name.endswith("/step")]
-        for i, flat in enumerate(self.flats if counts else ()):
-            group = self.optimizer.param_groups[self.zero.sub_group_to_group_id[i] if self.stage == 3 else i]
-            dtype = torch.uint16 if group.get("packed") else flat.dtype
-            self.optimizer.state[flat] = {
-                "step": saved.read("moments", min(counts)).to(flat.device),
-                **{kind: torch.zeros_like(flat, dtype=dtype) for kind in MOMENTS},
-            }
+        if counts:
+            updates = saved.read("moments", min(counts))
+            for i, flat in enumerate(self.flats):
+                group = self.optimizer.param_groups[
+                    self.zero.sub_group_to_group_id[i] if self.stage == 3 else i
+                ]
+                dtype = torch.uint16 if group.get("packed") else flat.dtype
+                self.optimizer.state[flat] = {
+                    "step": updates.to(flat.device, copy=True),  # each flat tensor counts for itself
+                    **{kind: torch.zeros_like(flat, dtype=dtype) for kind in MOMENTS},
+                }
         for name in self.named:
             self._take(saved, "weights", name, name, self.flats)
             self._take(saved, "average", name, name, self.average.weights)

@@ -39,7 +39,8 @@ class Conv2d(nn.Module):
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
         if not self.fp32:
             return self._convolve(x)
-        with torch.autocast(x.device.type, enabled=False):
+        # Where only FLOPs are counted there is no data, and no autocast of its device.
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             return self._convolve(x.float())
 
     def _convolve(self, x: Tensor) -> Tensor:

@@ -1,20 +1,14 @@
-"""What the processes of test_compressed run: small priors whose gradients are compressed between machines.
+"""What the processes of test_compressed run: small priors whose gradients are compressed between machines."""
 
-python -m tests.distributed.compressed FUNCTION FILE     calls it in each process; the first writes its result
-"""
-
-import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dalle.checkpoint import Saver
-from dalle.distributed import joined, topology
+from dalle.distributed import topology
 from dalle.errors import DalleError
-from dalle.launch import launch
 from dalle.optim import full_shape
 from dalle.training import LargeTraining, Session, resume
 from dalle.wiring import build, make_engine
@@ -25,8 +19,16 @@ from tests.tiny import PRIOR_SHAPE
 
 BATCH, STEPS, RANK = 8, 6, 4
 STAGES = (0, 1, 2, 3)
-ONCE = 2  # the stage at which factors in fp32 are tried: their format does not depend on it
-CASES = [(kind, zero) for kind in ("compressed", "full", "packed") for zero in STAGES] + [("fp32", ONCE)]
+SOME = (0, 2)  # stages at which factors in fp32 are tried: their format does not depend on it
+KINDS: dict[str, dict[str, Any]] = {
+    "compressed": {},
+    "full": {"compression_start": STEPS},
+    "packed": {"moments": "16bit"},
+    "fp32": {"compression_format": "fp32"},
+}
+CASES = [(kind, zero) for kind in ("compressed", "full", "packed") for zero in STAGES] + [
+    ("fp32", zero) for zero in SOME
+]
 SHAPE = PRIOR_SHAPE | {"width": 48, "heads": 4}
 
 
@@ -57,15 +59,9 @@ def course(one: Session, start: int, stop: int) -> dict[str, list[float]]:
 def stages() -> dict[str, Any]:
     """A short training at every stage: compressed, with all averaged in full, and with 16-bit moments."""
     result: dict[str, Any] = {}
-    kinds: dict[str, dict[str, Any]] = {
-        "compressed": {},
-        "full": {"compression_start": STEPS},
-        "packed": {"moments": "16bit"},
-        "fp32": {"compression_format": "fp32"},
-    }
     for zero in STAGES:
-        for name, changes in kinds.items():
-            if name == "fp32" and zero != ONCE:
+        for name, changes in KINDS.items():
+            if name == "fp32" and zero not in SOME:
                 continue
             one = session(zero=zero, **changes)
             result[f"{name} {zero}"] = {**course(one, 0, STEPS), "same": same(one), "bytes": formula(one)}
@@ -111,36 +107,17 @@ def formula(one: Session) -> float:
     return total
 
 
-def leg() -> dict[str, Any]:
+def leg(folder: str, zero: str, steps: str, kind: str) -> dict[str, Any]:
     """Some updates from the state in the folder on, saved there again."""
-    folder, zero, steps = Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
-    one = session(folder, zero=zero)
+    one = session(Path(folder), zero=int(zero), **KINDS[kind])
     start = resume(one)
-    found = course(one, start, start + steps)
+    stop = start + int(steps)
+    found = course(one, start, stop)
     state = one.engine.state()
     found["machines"] = [int(state["errors"]["machines"].values)] if topology().main else []
-    saver = Saver(folder, 2, topology())
-    saver.save(start + steps, state, {"task": one.task.state()})
+    saver = Saver(Path(folder), 2, topology())
+    saver.save(stop, state, {"task": one.task.state()})
     saver.wait()
     topology().barrier()
     finish(one)
     return found
-
-
-def run(machines: int, processes: int, function: str, folder: Path, *arguments: object) -> Any:
-    """The result of `function` on so many machines of so many processes."""
-    file = folder / f"{function}.json"
-    told = [str(file), str(folder), *map(str, arguments)]
-    status = launch(
-        processes, ["-m", "tests.distributed.compressed", function, *told], [sys.executable], machines
-    )
-    assert status == 0
-    return json.loads(file.read_text())
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with joined() as here:
-        result = globals()[sys.argv[1]]()
-        if here.main:
-            Path(sys.argv[2]).write_text(json.dumps(result))

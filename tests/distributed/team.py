@@ -1,11 +1,6 @@
-"""What the processes of these tests run: small trainings of a prior, one after another in one process group.
+"""What the processes of test_stages run: small trainings of a prior, one after another."""
 
-python -m tests.distributed.team FUNCTION FILE     calls it in each process; the first one writes its result
-"""
-
-import json
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +11,8 @@ from torch import Tensor
 
 from dalle.checkpoint import Saver
 from dalle.console import Stopwatch
-from dalle.distributed import joined, topology
+from dalle.distributed import topology
 from dalle.engine import Engine
-from dalle.launch import launch
 from dalle.metrics import Window
 from dalle.training import Session, Training, keyed, resume, stream, update
 from dalle.wiring import build, make_engine
@@ -210,14 +204,13 @@ def born() -> dict[str, Any]:
     return result
 
 
-def relay() -> dict[str, Any]:
+def relay(folder: str) -> dict[str, Any]:
     """From stage to stage by way of the disk: losses, and what is not the same after loading."""
-    folder = Path(sys.argv[3])
     found: list[float] = []
     before: dict[str, Tensor] = {}
     differ = {}
     for turn, zero in enumerate((2, 0, 3, 1, 3)):
-        one = session(folder, zero=zero, precision="fp16")
+        one = session(Path(folder), zero=zero, precision="fp16")
         start = resume(one)
         assert start == 2 * turn
         if turn:
@@ -227,7 +220,7 @@ def relay() -> dict[str, Any]:
             ]
             assert one.task.last == found[-1]
         found += [line["loss"] for line in train(one, start, start + 2)]
-        saver = Saver(folder, 2, topology())
+        saver = Saver(Path(folder), 2, topology())
         saver.save(start + 2, one.engine.state(), {"task": one.task.state()})
         before = whole(one.engine)
         train(one, start + 2, start + 3)  # while it is being written
@@ -235,23 +228,3 @@ def relay() -> dict[str, Any]:
         topology().barrier()
         finish(one)
     return {"losses": found, "differ": differ}
-
-
-def run(processes: int, function: str, folder: Path) -> Any:
-    """The result of `function` in so many processes."""
-    file = folder / f"{function}-{processes}.json"
-    status = launch(
-        processes,
-        ["-m", "tests.distributed.team", function, str(file), str(folder)],
-        program=[sys.executable],
-    )
-    assert status == 0
-    return json.loads(file.read_text())
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with joined() as here:
-        results = {name: globals()[name]() for name in sys.argv[1].split("+")}
-        if here.main:
-            Path(sys.argv[2]).write_text(json.dumps(results))

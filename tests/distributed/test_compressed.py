@@ -2,15 +2,17 @@
 
 import pytest
 
-from tests.distributed.compressed import CASES, STAGES, STEPS, course, run, session
+from tests.distributed.compressed import CASES, STAGES, STEPS, course, session
 
 pytestmark = pytest.mark.distributed
 
+TEAM = "tests.distributed.compressed"
+
 
 @pytest.fixture(scope="module")
-def machines(tmp_path_factory):
+def machines(teams):
     """All stages, in one start of 2 × 2 processes."""
-    return run(2, 2, "stages", tmp_path_factory.mktemp("machines"))
+    return teams(TEAM, "stages", local=2, machines=2)["stages"]
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +62,30 @@ def test_moments_in_16_bits_work_at_every_stage(machines, zero):
     assert packed["loss"] == pytest.approx(plain["loss"], rel=2e-2)
 
 
-def test_one_machine_goes_on_from_two_with_what_they_left_unsent(tmp_path, machines):
-    legs = [(2, 2, 2), (1, 2, 3)]
-    found = [run(m, p, "leg", tmp_path, zero, 2) for m, p, zero in legs]
-    assert [leg["machines"] for leg in found] == [[2], [1]]
-    losses = [loss for leg in found for loss in leg["loss"]]
+def relay(teams, folder, legs, kind):
+    """Losses of a run in legs of two updates each, on these (machines, processes, ZeRO stage)."""
+    found = [teams(TEAM, "leg", folder, zero, 2, kind, local=p, machines=m)["leg"] for m, p, zero in legs]
+    assert [leg["machines"] for leg in found] == [[m] for m, _, _ in legs]
+    return [loss for leg in found for loss in leg["loss"]]
+
+
+# Two machines of two processes, one of two, four of one. A save fails where machines differ in one bit.
+CHAIN = [(2, 2, 2), (1, 2, 3), (4, 1, 1)]
+
+
+def test_other_numbers_of_machines_that_average_in_full_make_the_curve_of_one_process(tmp_path, teams, alone):
+    assert relay(teams, tmp_path, CHAIN, "full") == pytest.approx(alone["loss"], rel=2e-6)
+
+
+def test_other_numbers_of_machines_go_on_with_what_was_left_unsent(tmp_path, teams, machines, alone):
+    losses = relay(teams, tmp_path, CHAIN, "compressed")
     assert losses[:3] == pytest.approx(machines["compressed 2"]["loss"][:3], rel=1e-5)
-    assert losses == pytest.approx(course(session(), 0, 4)["loss"], rel=0.05)
+    # From there the courses part: one machine adds all that is left, and four cut no matrix in two.
+    assert losses == pytest.approx(alone["loss"], rel=0.02)
+
+
+def test_four_machines_go_on_as_two_would_but_for_rounding(tmp_path, teams, machines):
+    """Where nothing is partitioned, an update depends on the mean of the error sums alone."""
+    losses = relay(teams, tmp_path, [(2, 2, 0), (4, 1, 0), (2, 2, 0)], "fp32")
+    assert losses == pytest.approx(machines["fp32 0"]["loss"], rel=1e-5)
+    assert losses[3:] != pytest.approx(machines["full 0"]["loss"][3:], rel=1e-4)

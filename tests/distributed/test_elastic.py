@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,15 @@ pytestmark = pytest.mark.distributed
 
 STEPS = 12
 OFTEN = options(batch_size=4, save_every=3, eval_every=6, log_every=1, micro_batch=2)
+# No schedule may follow from `steps`, which is another one in each part of a run. The prior halves its step
+# size when the loss, which is part of the state, stops falling: it does so at some of these steps.
+SETTINGS = {
+    "dvae": OFTEN
+    + options(warmup=2, lr_steps=STEPS, beta_steps=STEPS, tau_steps=STEPS, usage_weight=0, lr=1e-5),
+    "prior": OFTEN + options(warmup=2, lr_schedule="plateau", patience=2),
+}
+COMMANDS = {"dvae": dvae, "prior": prior}
+NEAR = {"dvae": 1e-3, "prior": 1e-3}
 ENDED = "from cli.main import main; main()"
 SOON = 30.0  # seconds in which a run that lost a process must have ended; it takes about one
 
@@ -53,11 +63,22 @@ class Command:
             time.sleep(0.01)
 
     def ends(self, seconds: float = 240.0) -> int:
-        try:
-            return self.process.wait(seconds)
-        finally:
-            if self.process.poll() is None:
-                self.process.kill()
+        return self.process.wait(seconds)
+
+
+@pytest.fixture
+def start(tmp_path) -> Iterator[Callable[..., Command]]:
+    """`start(*arguments)` starts a command, which ends with the test at the latest."""
+    started = []
+
+    def begin(*arguments, **more) -> Command:
+        started.append(Command(tmp_path, *arguments, **more))
+        return started[-1]
+
+    yield begin
+    for command in started:
+        command.process.kill()  # its members end with it
+        command.process.wait()
 
 
 def losses(run: Path, stage: str) -> list[float]:
@@ -65,39 +86,34 @@ def losses(run: Path, stage: str) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory) -> Path:
+def straight(dalle, tmp_path_factory) -> Path:
     """Both stages in one process, without a break."""
-    folder = tmp_path_factory.mktemp("straight")
-    for stage in (dvae, prior):
-        command = Command(folder, *stage(folder / "run", *OFTEN, steps=STEPS))
-        assert command.ends() == 0, command.said
-    return folder / "run"
+    run = tmp_path_factory.mktemp("straight") / "run"
+    for stage, command in COMMANDS.items():
+        done = dalle(*command(run, *SETTINGS[stage], steps=STEPS))
+        assert done.code == 0, done.err
+    return run
 
 
 @pytest.mark.parametrize("stage", ["dvae", "prior"])
-def test_1_2_4_and_1_processes_at_other_stages_make_the_curve_of_one(straight, tmp_path, stage):
+def test_1_2_4_and_1_processes_at_other_stages_make_the_curve_of_one(dalle, start, straight, tmp_path, stage):
     run = begin(straight, tmp_path, stage)
-    command = {"dvae": dvae, "prior": prior}[stage]
-    schedule = options(warmup=2)
-    if stage == "dvae":  # without the term and the step size under which so small a dVAE is chaotic
-        schedule += options(lr_steps=STEPS, beta_steps=STEPS, tau_steps=STEPS, usage_weight=0, lr=1e-5)
     for steps, processes, zero in ((3, 1, 0), (6, 2, 3), (9, 4, 2), (STEPS, 1, 1)):
-        more = [*OFTEN, *schedule, "--processes", processes, "--zero", zero]
-        done = Command(tmp_path, *command(run, *more, steps=steps))
-        assert done.ends() == 0, done.said
-        assert "Warning" not in done.said
-        assert len(done.said.splitlines()) < 12, done.said  # one process speaks
-    reference = tmp_path / "reference"
-    if stage == "prior":
-        shutil.copytree(straight / "dvae", reference / "dvae")
-    assert Command(tmp_path, *command(reference, *OFTEN, *schedule, steps=STEPS)).ends() == 0
-    # ±lr where Adam divides a gradient of nothing but rounding by its size: small, but not nothing
-    assert losses(run, stage) == pytest.approx(losses(reference, stage), rel=1e-3)
+        command = COMMANDS[stage](run, *SETTINGS[stage], "--zero", zero, steps=steps)
+        if processes == 1:
+            done = dalle(*command)
+            assert done.code == 0, done.err
+            continue
+        several = start(*command, "--processes", processes)
+        assert several.ends() == 0, several.said
+        assert "Warning" not in several.said
+        assert len(several.said.splitlines()) < 12, several.said  # one process speaks
+    assert losses(run, stage) == pytest.approx(losses(straight, stage), rel=NEAR[stage])
     assert len(losses(run, stage)) == STEPS
     heldout = [
-        [line for line in read_metrics(r / stage) if "heldout_loss" in line][-1] for r in (run, reference)
+        [line for line in read_metrics(r / stage) if "heldout_loss" in line][-1] for r in (run, straight)
     ]
-    assert heldout[0]["heldout_loss"] == pytest.approx(heldout[1]["heldout_loss"], rel=1e-3)
+    assert heldout[0]["heldout_loss"] == pytest.approx(heldout[1]["heldout_loss"], rel=NEAR[stage])
     state = State(state_folders(run / stage / "state")[0])
     weights = {n: state.read("average", n) for n in state.names("average")}
     from safetensors.torch import load_file
@@ -107,30 +123,41 @@ def test_1_2_4_and_1_processes_at_other_stages_make_the_curve_of_one(straight, t
     assert all(torch.equal(published[name], w) for name, w in weights.items())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_saves_once_ends_all_and_the_same_command_goes_on(straight, tmp_path, number):
-    run = begin(straight, tmp_path, "prior")
+def test_a_stop_saves_once_ends_all_and_the_same_command_goes_on(start, straight, tmp_path):
+    run, at = begin(straight, tmp_path, "prior"), 0
     rarely = [*OFTEN, *options(save_every=10_000), "--processes", 2, "--zero", 2]
-    command = Command(tmp_path, *prior(run, *rarely, steps=5_000))
-    metrics = run / "prior" / "metrics.jsonl"
-    while not metrics.exists() or not metrics.read_text():
-        assert command.process.poll() is None, command.said
-        time.sleep(0.01)
-    members = command.members()
-    command.process.send_signal(number)
-    assert command.ends(SOON) == 1, command.said
-    assert command.said.count("finishing this step and saving") == 1
-    (saved,) = state_folders(run / "prior" / "state")
-    assert f"stopped after step {int(saved.name[5:]):,} of 5,000, saved" in command.said
-    assert not any(Path(f"/proc/{pid}").exists() for pid in members)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        command = start(*prior(run, *rarely, steps=5_000))
+        while at == last_step(run / "prior"):
+            assert command.process.poll() is None, command.said
+            time.sleep(0.01)
+        assert not at or f"going on from step {at}" in command.said
+        members = command.members()
+        assert len(members) == 2
+        command.process.send_signal(number)
+        assert command.ends(SOON) == 1, command.said
+        assert command.said.count("finishing this step and saving") == 1
+        saved = state_folders(run / "prior" / "state")[0]
+        assert int(saved.name[5:]) > at
+        at = int(saved.name[5:])
+        assert f"stopped after step {at:,} of 5,000, saved" in command.said
+        assert at == last_step(run / "prior")
+        assert not any(Path(f"/proc/{pid}").exists() for pid in members)
 
 
-def test_killed_at_random_moments_nothing_is_lost_but_the_steps_since_the_last_save(straight, tmp_path):
+def last_step(stage: Path) -> int:
+    """The last update in metrics.jsonl."""
+    return max((line["step"] for line in read_metrics(stage)), default=0)
+
+
+def test_killed_at_random_moments_nothing_is_lost_but_the_steps_since_the_last_save(
+    start, straight, tmp_path
+):
     """A shortened version of benchmarks/kill.py."""
     moments, run = random.Random(5), begin(straight, tmp_path, "prior")
     for kill in range(3):
         several = [*OFTEN, *options(save_every=1), "--processes", 2, "--zero", (3, 1, 2)[kill]]
-        command = Command(tmp_path, *prior(run, *several, steps=5_000))
+        command = start(*prior(run, *several, steps=5_000))
         command.wait_for("going on from step" if kill else "2 processes, ZeRO")
         time.sleep(moments.random() * 3)
         before = state_folders(run / "prior" / "state")
@@ -153,12 +180,11 @@ def test_killed_at_random_moments_nothing_is_lost_but_the_steps_since_the_last_s
     ("more", "words"),
     [
         (["--processes", 3], "batch_size=4 is that of all 3 processes, so it must be a multiple"),
-        (["--processes", 2, "--set", "zero=4"], "zero=4 must be 0, 1, 2 or 3"),
         (["--processes", 2, "--data", "nowhere"], "nowhere"),
     ],
 )
-def test_what_cannot_be_is_told_once_in_one_line(tmp_path, more, words):
-    command = Command(tmp_path, *dvae(tmp_path / "run", *OFTEN, *more))
+def test_what_cannot_be_is_told_once_in_one_line(start, tmp_path, more, words):
+    command = start(*dvae(tmp_path / "run", *OFTEN, *more))
     assert command.ends() == 2, command.said
     errors = [line for line in command.said.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, command.said
@@ -166,7 +192,7 @@ def test_what_cannot_be_is_told_once_in_one_line(tmp_path, more, words):
     assert "Traceback" not in command.said
 
 
-def test_torchrun_starts_the_same_run(straight, tmp_path):
+def test_torchrun_starts_the_same_run(start, straight, tmp_path):
     run = tmp_path / "run"
     program = tmp_path / "start.py"  # not dalle.py, which would hide the package
     program.write_text(ENDED)
@@ -180,7 +206,7 @@ def test_torchrun_starts_the_same_run(straight, tmp_path):
         "--",  # or it would take --run for one of its own
         str(program),
     )
-    command = Command(tmp_path, *dvae(run, *OFTEN, "--zero", 2, steps=STEPS), launcher=torchrun)
+    command = start(*dvae(run, *SETTINGS["dvae"], "--zero", 2, steps=STEPS), launcher=torchrun)
     assert command.ends() == 0, command.said
-    assert losses(run, "dvae") == pytest.approx(losses(straight, "dvae"), rel=1e-3)
+    assert losses(run, "dvae") == pytest.approx(losses(straight, "dvae"), rel=NEAR["dvae"])
     assert json.loads((run / "dvae" / "config.json").read_text())["training"]["zero"] == 2

@@ -4,10 +4,12 @@ import math
 
 import pytest
 
-from tests.distributed.team import COURSES, SICK, SICK_STEP, STAGES, STEPS, curve, key, run, session, train
+from tests.distributed.team import COURSES, SICK, SICK_STEP, STAGES, STEPS, curve, key, session, train
+from tests.distributed.warm import SLURM
 
 pytestmark = pytest.mark.distributed
 
+TEAM = "tests.distributed.team"
 PRECISIONS = ("fp32", "bf16", "fp16")
 # Relative differences of losses that the order of additions explains: in fp32 only sums over processes and
 # micro-batches are ordered otherwise; in 16 bits a batch cut in other parts rounds otherwise too.
@@ -22,9 +24,9 @@ def alone():
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def team(request, tmp_path_factory):
+def team(request, teams):
     """All that is asked of so many processes, in one start of them."""
-    return run(request.param, "matrix+sick", tmp_path_factory.mktemp("team")) | {"processes": request.param}
+    return teams(TEAM, "matrix+sick", local=request.param) | {"processes": request.param}
 
 
 def test_losses_and_norms_are_those_of_one_process(team, alone):
@@ -65,8 +67,12 @@ def test_an_infinity_in_one_process_shrinks_one_scale_everywhere_and_the_run_goe
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return run(2, "born+relay+offloaded", tmp_path_factory.mktemp("two"))
+def two(teams):
+    return teams(TEAM, "born+offloaded", local=2)
+
+
+def test_slurm_starts_the_same(teams, two):
+    assert teams(TEAM, "born", local=2, names=SLURM)["born"] == two["born"]
 
 
 @pytest.mark.parametrize("zero", STAGES)
@@ -74,12 +80,13 @@ def test_the_weights_at_the_start_are_those_of_one_process_bit_for_bit(two, zero
     assert two["born"][str(zero)] == []
 
 
-def test_a_state_passes_from_stage_to_stage_bit_for_bit_and_the_losses_go_on(two):
-    assert two["relay"]["differ"] == {
+def test_a_state_passes_from_stage_to_stage_bit_for_bit_and_the_losses_go_on(teams, tmp_path):
+    relay = teams(TEAM, "relay", tmp_path, local=2)["relay"]
+    assert relay["differ"] == {
         "turn 1, into 0": [], "turn 2, into 3": [], "turn 3, into 1": [], "turn 4, into 3": [],
     }  # fmt: skip
     losses = [line["loss"] for line in train(session(precision="fp16"), 0, 10)]
-    assert two["relay"]["losses"] == pytest.approx(losses, rel=1e-3)
+    assert relay["losses"] == pytest.approx(losses, rel=TOLERANCE["fp16"])
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])

@@ -40,6 +40,16 @@ def test_only_the_first_process_is_heard_when_all_goes_well():
     assert result(program) == (0, "out 0 of 3\n", "err 0\n")
 
 
+def test_pretended_machines_run_so_many_processes_each(tmp_path):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    program = f"import os; print(*(os.environ[n] for n in {names}), file=open(os.environ['RANK'], 'w'))"
+    code = (
+        f"from dalle.launch import launch; launch(1, ['-c', {program!r}], ['{sys.executable}'], machines=2)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)
+    assert [(tmp_path / rank).read_text().split() for rank in "01"] == [list("0201"), list("1201")]
+
+
 def test_a_killed_process_ends_the_others_and_is_named():
     began = time.monotonic()
     code, _, err = result("os.kill(os.getpid(), 9) if rank == 2 else time.sleep(100)")
