@@ -48,10 +48,11 @@ RUNS: dict[str, dict[str, Any]] = {
 
 def write_data(path: Path) -> None:
     """Tokens and codes of the scenes."""
-    codes, source = codes_of(FOLDER), open_source("scenes", "train", 64)
+    codes = codes_of(FOLDER)
+    source = open_source("scenes", "train", codes.image_size)
     tokenizer = Tokenizer.load(FOLDER / "prior" / "tokenizer.json")
     samples = [source[i] for i in range(PICTURES)]
-    pixels = torch.from_numpy(np.stack([centre_crop(s.image, 64) for s in samples]))
+    pixels = torch.from_numpy(np.stack([centre_crop(s.image, codes.image_size) for s in samples]))
     grids = torch.cat([codes.encode(to_pixels(part)).flatten(1) for part in pixels.split(64)])
     rows = [fit_text(tokenizer.encode(s.captions[0]), 19)[0] for s in samples]
     tokens = torch.from_numpy(np.stack(rows))
@@ -66,7 +67,8 @@ def train(data: dict[str, torch.Tensor], feedback: bool = True, **changes: Any) 
         **changes,
     )  # fmt: skip
     shape = PriorConfig(
-        text_length=20, text_vocab=WORDS, image_vocab=FOLDED, grid=8, depth=4, width=WIDTH, heads=4,
+        text_length=20, text_vocab=WORDS, image_vocab=FOLDED, grid=math.isqrt(data["codes"].shape[1]),
+        depth=4, width=WIDTH, heads=4,
     )  # fmt: skip
     model = build(lambda: Prior(shape), config)
     engine = make_engine(model, config, "fp32", matrices=model.matrices())
