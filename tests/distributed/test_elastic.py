@@ -32,7 +32,7 @@ SETTINGS = {
 COMMANDS = {"dvae": dvae, "prior": prior}
 NEAR = {"dvae": 1e-3, "prior": 1e-3}
 ENDED = "from cli.main import main; main()"
-SOON = 30.0  # seconds in which a run that lost a process must have ended; it takes about one
+SOON = 60.0  # seconds after which a run that lost a process hangs; it ends in about one
 
 
 class Command:
@@ -158,15 +158,14 @@ def test_killed_at_random_moments_nothing_is_lost_but_the_steps_since_the_last_s
     for kill in range(3):
         several = [*OFTEN, *options(save_every=1), "--processes", 2, "--zero", (3, 1, 2)[kill]]
         command = start(*prior(run, *several, steps=5_000))
-        command.wait_for("going on from step" if kill else "2 processes, ZeRO")
+        saved = bool(state_folders(run / "prior" / "state"))  # a kill may come before the first save
+        command.wait_for("going on from step" if saved else "2 processes, ZeRO")
         time.sleep(moments.random() * 3)
         before = state_folders(run / "prior" / "state")
         members = command.members()
         assert len(members) == 2, command.said
         os.kill(members[moments.randrange(2)], signal.SIGKILL)
-        killed = time.monotonic()
         assert command.ends(SOON) == 1
-        assert time.monotonic() - killed < SOON
         assert "was killed (SIGKILL)" in command.said
         assert "the same command goes on from the last save" in command.said
         found, refused = newest_state(run / "prior" / "state")
