@@ -157,6 +157,8 @@ PRESETS: dict[str, tuple[DVAEConfig, DVAETraining]] = {
             start="patches",
             clip=1.0,
             ema_decay=0.998,
+            eval_every=200,
+            save_every=200,
         ),
     ),
     # One GPU, hours. Not measured yet.

@@ -22,6 +22,9 @@ from dalle.data.order import shuffled
 from dalle.data.source import BadSample, Sample
 from dalle.errors import ConfigError, DataError
 
+# Two workers on a machine of one core: torch advises against it, and the stream must be the same.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
 
 class Numbers:
     """Sample i is a picture of `side` pixels and red i; the numbers in `broken` cannot be read."""
