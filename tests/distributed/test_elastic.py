@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,12 +24,14 @@ OFTEN = options(batch_size=4, save_every=3, eval_every=6, log_every=1, micro_bat
 # No schedule may follow from `steps`, which is another one in each part of a run. The prior halves its step
 # size when the loss, which is part of the state, stops falling: it does so at some of these steps.
 SETTINGS = {
-    "dvae": OFTEN
-    + options(warmup=2, lr_steps=STEPS, beta_steps=STEPS, tau_steps=STEPS, usage_weight=0, lr=1e-5),
+    "dvae": OFTEN + options(warmup=2, lr_steps=STEPS, beta_steps=STEPS, tau_steps=STEPS),
     "prior": OFTEN + options(warmup=2, lr_schedule="plateau", patience=2),
 }
 COMMANDS = {"dvae": dvae, "prior": prior}
-NEAR = {"dvae": 1e-3, "prior": 1e-3}
+NEAR = 5e-5  # what the order of additions makes of a loss that is logged with six digits
+# The first update of AdamW divides each gradient by its own size: what is nothing but rounding, as where two
+# biases cancel each other, becomes ±lr. So a run that begins in several processes strays further.
+BEGUN_APART = 1e-3
 ENDED = "from cli.main import main; main()"
 SOON = 30.0  # seconds in which a run that lost a process must have ended; it takes about one
 
@@ -108,12 +109,12 @@ def test_1_2_4_and_1_processes_at_other_stages_make_the_curve_of_one(dalle, star
         assert several.ends() == 0, several.said
         assert "Warning" not in several.said
         assert len(several.said.splitlines()) < 12, several.said  # one process speaks
-    assert losses(run, stage) == pytest.approx(losses(straight, stage), rel=NEAR[stage])
+    assert losses(run, stage) == pytest.approx(losses(straight, stage), rel=NEAR)
     assert len(losses(run, stage)) == STEPS
     heldout = [
         [line for line in read_metrics(r / stage) if "heldout_loss" in line][-1] for r in (run, straight)
     ]
-    assert heldout[0]["heldout_loss"] == pytest.approx(heldout[1]["heldout_loss"], rel=NEAR[stage])
+    assert heldout[0]["heldout_loss"] == pytest.approx(heldout[1]["heldout_loss"], rel=NEAR)
     state = State(state_folders(run / stage / "state")[0])
     weights = {n: state.read("average", n) for n in state.names("average")}
     from safetensors.torch import load_file
@@ -208,5 +209,5 @@ def test_torchrun_starts_the_same_run(start, straight, tmp_path):
     )
     command = start(*dvae(run, *SETTINGS["dvae"], "--zero", 2, steps=STEPS), launcher=torchrun)
     assert command.ends() == 0, command.said
-    assert losses(run, "dvae") == pytest.approx(losses(straight, "dvae"), rel=NEAR["dvae"])
+    assert losses(run, "dvae") == pytest.approx(losses(straight, "dvae"), rel=BEGUN_APART)
     assert json.loads((run / "dvae" / "config.json").read_text())["training"]["zero"] == 2

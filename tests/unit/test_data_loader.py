@@ -172,7 +172,9 @@ def test_the_next_readable_sample_takes_a_bad_ones_place():
 def test_small_pictures_are_skipped_with_their_size():
     loader = Loader(Numbers(4, small=[1]), prepare, batch_size=4, seed=0, shuffle=False, min_side=8)
     assert numbers(take(loader, 1)) == [0, 2, 2, 3]
-    assert loader.skipped == {"1": "7×4 pixels, smaller than image_size=8 (--set image_size=… chooses another)"}
+    assert loader.skipped == {
+        "1": "7×4 pixels, smaller than image_size=8 (--set image_size=… chooses another)"
+    }
 
 
 @pytest.mark.parametrize("workers", [0, 2])
