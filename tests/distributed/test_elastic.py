@@ -24,14 +24,16 @@ OFTEN = options(batch_size=4, save_every=3, eval_every=6, log_every=1, micro_bat
 # No schedule may follow from `steps`, which is another one in each part of a run. The prior halves its step
 # size when the loss, which is part of the state, stops falling: it does so at some of these steps.
 SETTINGS = {
-    "dvae": OFTEN
-    + options(warmup=2, lr_steps=STEPS, beta_steps=STEPS, tau_steps=STEPS, usage_weight=0, lr=1e-5),
+    "dvae": OFTEN + options(warmup=2, lr_steps=STEPS, beta_steps=STEPS, tau_steps=STEPS),
     "prior": OFTEN + options(warmup=2, lr_schedule="plateau", patience=2),
 }
 COMMANDS = {"dvae": dvae, "prior": prior}
-NEAR = {"dvae": 1e-3, "prior": 1e-3}
+NEAR = 5e-5  # what the order of additions makes of a loss that is logged with six digits
+# The first update of AdamW divides each gradient by its own size: what is nothing but rounding, as where two
+# biases cancel each other, becomes ±lr. So a run that begins in several processes strays further.
+BEGUN_APART = 1e-3
 ENDED = "from cli.main import main; main()"
-SOON = 60.0  # seconds after which a run that lost a process hangs; it ends in about one
+SOON = 30.0  # seconds in which a run that lost a process must have ended; it takes about one
 
 
 class Command:
@@ -54,9 +56,9 @@ class Command:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(pid) for pid in children.read_text().split()] if children.exists() else []
 
-    def wait_for(self, words: str, seconds: float = 120.0) -> None:
+    def wait_for(self, happened: Callable[[], bool], seconds: float = 120.0) -> None:
         end = time.monotonic() + seconds
-        while words not in self.said:
+        while not happened():
             assert time.monotonic() < end, self.said
             assert self.process.poll() is None, self.said
             time.sleep(0.01)
@@ -107,12 +109,12 @@ def test_1_2_4_and_1_processes_at_other_stages_make_the_curve_of_one(dalle, star
         assert several.ends() == 0, several.said
         assert "Warning" not in several.said
         assert len(several.said.splitlines()) < 12, several.said  # one process speaks
-    assert losses(run, stage) == pytest.approx(losses(straight, stage), rel=NEAR[stage])
+    assert losses(run, stage) == pytest.approx(losses(straight, stage), rel=NEAR)
     assert len(losses(run, stage)) == STEPS
     heldout = [
         [line for line in read_metrics(r / stage) if "heldout_loss" in line][-1] for r in (run, straight)
     ]
-    assert heldout[0]["heldout_loss"] == pytest.approx(heldout[1]["heldout_loss"], rel=NEAR[stage])
+    assert heldout[0]["heldout_loss"] == pytest.approx(heldout[1]["heldout_loss"], rel=NEAR)
     state = State(state_folders(run / stage / "state")[0])
     weights = {n: state.read("average", n) for n in state.names("average")}
     from safetensors.torch import load_file
@@ -127,9 +129,7 @@ def test_a_stop_saves_once_ends_all_and_the_same_command_goes_on(start, straight
     rarely = [*OFTEN, *options(save_every=10_000), "--processes", 2, "--zero", 2]
     for number in (signal.SIGINT, signal.SIGTERM):
         command = start(*prior(run, *rarely, steps=5_000))
-        while at == last_step(run / "prior"):
-            assert command.process.poll() is None, command.said
-            time.sleep(0.01)
+        command.wait_for(lambda before=at: last_step(run / "prior") > before)
         assert not at or f"going on from step {at}" in command.said
         members = command.members()
         assert len(members) == 2
@@ -154,20 +154,24 @@ def test_killed_at_random_moments_nothing_is_lost_but_the_steps_since_the_last_s
 ):
     """A shortened version of benchmarks/kill.py."""
     moments, run = random.Random(5), begin(straight, tmp_path, "prior")
+    states, before = run / "prior" / "state", []
     for kill in range(3):
         several = [*OFTEN, *options(save_every=1), "--processes", 2, "--zero", (3, 1, 2)[kill]]
         command = start(*prior(run, *several, steps=5_000))
-        saved = bool(state_folders(run / "prior" / "state"))  # a kill may come before the first save
-        command.wait_for("going on from step" if saved else "2 processes, ZeRO")
+        command.wait_for(lambda: "2 processes, ZeRO" in command.said)  # noqa: B023 (called at once)
+        if kill:  # the first one may come before anything is saved
+            command.wait_for(lambda: state_folders(states)[:1] > before[:1])  # noqa: B023
         time.sleep(moments.random() * 3)
-        before = state_folders(run / "prior" / "state")
+        before = state_folders(states)
         members = command.members()
         assert len(members) == 2, command.said
         os.kill(members[moments.randrange(2)], signal.SIGKILL)
+        killed = time.monotonic()
         assert command.ends(SOON) == 1
+        assert time.monotonic() - killed < SOON
         assert "was killed (SIGKILL)" in command.said
         assert "the same command goes on from the last save" in command.said
-        found, refused = newest_state(run / "prior" / "state")
+        found, refused = newest_state(states)
         assert not refused
         if before:
             assert found is not None
@@ -206,5 +210,5 @@ def test_torchrun_starts_the_same_run(start, straight, tmp_path):
     )
     command = start(*dvae(run, *SETTINGS["dvae"], "--zero", 2, steps=STEPS), launcher=torchrun)
     assert command.ends() == 0, command.said
-    assert losses(run, "dvae") == pytest.approx(losses(straight, "dvae"), rel=NEAR["dvae"])
+    assert losses(run, "dvae") == pytest.approx(losses(straight, "dvae"), rel=BEGUN_APART)
     assert json.loads((run / "dvae" / "config.json").read_text())["training"]["zero"] == 2
