@@ -18,7 +18,7 @@ def test_it_draws_by_its_name_and_leaves_the_package_alone(dalle, tmp_path):
     (path,) = (tmp_path / line for line in done.out.split())
     assert path.parent == tmp_path / "samples"
     with Image.open(path) as picture:
-        assert picture.size == (64, 64)
+        assert picture.size == (72, 72)
     assert json.loads(path.with_suffix(".json").read_text())["run"] == "scenes"
     assert {path: path.stat().st_mtime_ns for path in FOLDER.rglob("*")} == before
 
