@@ -18,7 +18,7 @@ from stage2_prior.train import train as train_prior
 
 PRESET, DATA = "tiny", "scenes"
 PROMPTS = 100  # of every split
-DVAE_SHARE, PRIOR_SHARE = 0.2, 0.66  # of the time; the rest is for measuring, clustering, drawing, judging
+DVAE_SHARE, PRIOR_SHARE = 0.1, 0.76  # of the time; the rest is for measuring, clustering, drawing, judging
 TRIAL = 40  # updates that measure the speed: the last quarter counts
 
 
