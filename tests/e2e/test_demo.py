@@ -34,10 +34,10 @@ def steps(run, stage):
 
 def test_a_demo_ends_in_a_report_and_its_steps_are_fitted_to_the_machine(tmp_path, monkeypatch):
     run = tmp_path / "run"
-    monkeypatch.setattr(dalle.demo, "_measure", lambda stage, train: (2.0, 4))
+    monkeypatch.setattr(dalle.demo, "_measure", lambda stage, train: (4.0, 4))
     assert demo(run, 1.0)
-    assert steps(run, "dvae") == round(0.1 * 60 * 2 / 4)
-    assert steps(run, "prior") == round(0.76 * 60 * 2 / 4)
+    assert steps(run, "dvae") == round(0.1 * 60 * 4 / 4)
+    assert steps(run, "prior") == round(0.76 * 60 * 4 / 4)
     figures = json.loads((run / "report.json").read_text())
     assert figures["command"] == "dalle demo --minutes 1"
     assert all(split["prompts"] == 2 for split in figures["splits"].values())
