@@ -57,11 +57,7 @@ def is_trained_picture(scene: Scene) -> bool:
     second position, would be learned, and held-out pictures would surprise by it alone.
     """
     seen = sorted(
-        (
-            thing.shape,
-            thing.colour,
-            *(round(2 * CELLS * v) for v in (abs(thing.x - 0.5), thing.y, thing.radius)),
-        )
+        (thing.shape, thing.colour, *_halves(abs(thing.x - 0.5), thing.y, thing.radius))
         for thing in scene.objects
     )
     return zlib.crc32(repr((scene.background, seen)).encode()) % 2 == 0
