@@ -347,11 +347,10 @@ def test_known_scenes_stay_what_they_are():
     assert places == [("triangle", "pink", 3, 3, 3), ("cross", "pink", 3, 11, 3)]
 
 
-def test_pictures_are_distinct():
-    pictures = {
-        sample.image.tobytes() for split in USUAL for sample in map(Scenes(split).__getitem__, range(500))
-    }
-    assert len(pictures) > 0.99 * 1000
+@pytest.mark.parametrize(("split", "share"), [("train", 0.99), ("heldout", 0.9)])  # few are held out
+def test_pictures_are_distinct(split, share):
+    pictures = {sample.image.tobytes() for sample in map(Scenes(split).__getitem__, range(500))}
+    assert len(pictures) > share * 500
 
 
 def test_boxes_are_whole_cells():
