@@ -98,9 +98,12 @@ def work(data: Path, out: Path) -> None:
             out.write_text(json.dumps(results))
 
 
-def smooth(values: list[float], over: int = 10) -> list[tuple[float, float]]:
-    """A mean over the last few."""
-    return [(i, statistics.mean(values[max(0, i - over) : i])) for i in range(1, len(values) + 1)]
+def above(values: list[float], full: list[float]) -> list[tuple[int, float]]:
+    """By how many percent these losses lie above others, each a mean over the last updates."""
+    return [
+        (i, 100 * (statistics.mean(values[i - LAST : i]) / statistics.mean(full[i - LAST : i]) - 1))
+        for i in range(LAST, len(values) + 1)
+    ]
 
 
 def main(out: Path) -> None:
@@ -112,9 +115,11 @@ def main(out: Path) -> None:
         assert launch(2, arguments, [sys.executable], machines=2) == 0
         runs = json.loads(results.read_text())
     losses = {name: [line["loss"] for line in run["lines"]] for name, run in runs.items()}
-    drawn = curves({name: smooth(values) for name, values in losses.items()})
-    out.write_text(svg(drawn, "Training loss on two machines", width=560, height=260), encoding="utf-8")
-    full = statistics.mean(losses["averaged in full"][-LAST:])
+    plainly = losses["averaged in full"]
+    drawn = curves({name: above(values, plainly) for name, values in losses.items()})
+    title = f"Training loss, % above averaging in full (means of {LAST} updates)"
+    out.write_text(svg(drawn, title, width=560, height=260), encoding="utf-8")
+    full = statistics.mean(plainly[-LAST:])
     for name, run in runs.items():
         loss, last = statistics.mean(losses[name][-LAST:]), run["lines"][-1]
         cosines = [line["between_cosine"] for line in run["lines"] if "between_cosine" in line]

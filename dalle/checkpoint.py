@@ -339,6 +339,16 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Wait for the last state; after an error only where no process that died could be waited for."""
+        if error is None:
+            self.wait()
+        elif self._thread is not None and self.topology.world == 1:
+            self._thread.join()
+
     def save(self, step: int, parts: Mapping[str, Mapping[str, Part]], values: Mapping[str, Any]) -> None:
         """Write the state after update `step`, once the one before is written.
 

@@ -7,7 +7,7 @@ gradients. `dalle.zero` partitions it. The loop and the stages know only the pub
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from dalle.distributed import ALONE, Part, Topology
 from dalle.errors import DalleError
+from dalle.muon import Muon
 from dalle.optim import AdamW, Average, full_shape
+from dalle.piece import Piece
 from dalle.powersgd import PowerSGD
 from dalle.precision import Arithmetic, arithmetic
 from dalle.scaling import REST, Scaling
@@ -24,20 +26,8 @@ R = TypeVar("R")
 
 PATIENCE = 20  # updates in a row that may be dropped for a non-finite gradient before the run stops
 PATIENCE_WITH_SCALES = 4 * REST  # the same while the gradient scales can still shrink: to a quarter by then
+MOMENTUM = "/momentum"  # after the name of a parameter, in training states
 BUCKET = 25 * 2**20  # gradients are averaged so many bytes at a time
-
-
-class Piece(NamedTuple):
-    """What this process holds of the gradient of one parameter.
-
-    Where the model is partitioned, `grad` is a run of the flattened parameter that begins at `offset`.
-    Changing it in place changes what the update applies.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    grad: Tensor
-    offset: int
 
 
 @runtime_checkable
@@ -57,6 +47,7 @@ class Engine:
     Args:
         topology: the processes whose gradients are averaged.
         compression: averages the gradients of machines, where `topology.shards` is one of them.
+        muon: makes the steps of the matrices that the optimizer leaves plain.
     """
 
     def __init__(
@@ -70,10 +61,11 @@ class Engine:
         scaling: Scaling | None = None,
         topology: Topology = ALONE,
         compression: PowerSGD | None = None,
+        muon: Muon | None = None,
     ) -> None:
         self.model, self.optimizer, self.average = model, optimizer, average
         self.clip, self.precision, self.scaling = clip, precision, scaling
-        self.topology, self.compression = topology, compression
+        self.topology, self.compression, self.muon = topology, compression, muon
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.parameters: list[Tensor] = list(self.named.values())
         self.device = self.parameters[0].device
@@ -120,6 +112,8 @@ class Engine:
             if self.clip is not None:
                 torch._foreach_mul_(gradients, min(1.0, self.clip / (grad_norm + 1e-6)))
             self.optimizer.grad_norm = grad_norm if self.clip is None else min(grad_norm, self.clip)
+            if self.muon is not None:
+                self.muon.turn(pieces)
         else:
             self.dropped += 1
             mendable = self.scaling is not None and overflowed and self.scaling.mendable
@@ -201,10 +195,24 @@ class Engine:
             **self._scales(),
         }
         self._compare_machines()
-        return self._errors() | {
+        parts = {
             file: {name: self._whole(tensor) for name, tensor in group.items()}
             for file, group in files.items()
         }
+        parts["moments"] |= self._momenta()
+        return self._errors() | parts
+
+    def _momenta(self) -> dict[str, Part]:
+        """Muon's mean gradients, so far as this process holds them."""
+        if self.muon is None:
+            return {}
+        parts = {}
+        for name, shape in self.muon.shapes.items():
+            held = self.muon.momenta.get(name) if self._tells() else None
+            parts[name + MOMENTUM] = (
+                Part(shape, 0, torch.empty(0)) if held is None else Part(shape, self._run_of(name)[0], held)
+            )
+        return parts
 
     def _compare_machines(self) -> None:
         """Raises `DalleError` if the machines, which should hold the same weights, differ in a bit."""
@@ -245,6 +253,12 @@ class Engine:
                     name, full_shape(self.named[name]), *self._run_of(name), tensor, machines
                 )
 
+    def _load_momenta(self, saved: Saved) -> None:
+        for key in sorted(name for name in saved.names("moments") if name.endswith(MOMENTUM)):
+            tensor, name = saved.read("moments", key).to(self.device), key.removesuffix(MOMENTUM)
+            if self.muon is not None:
+                self.muon.load(name, *self._run_of(name), tensor)
+
     def _run_of(self, name: str) -> tuple[int, int]:
         """Where this process' run of a parameter's gradient begins, and its length."""
         return 0, self.named[name].numel()
@@ -261,8 +275,9 @@ class Engine:
         for p, average, name in zip(self.parameters, self.average.weights, self.named, strict=True):
             p.detach().copy_(saved.read("weights", name))
             average.copy_(saved.read("average", name))
-        names = sorted(saved.names("moments"))
+        names = sorted(name for name in saved.names("moments") if not name.endswith(MOMENTUM))
         self.optimizer.load_moments((name, saved.read("moments", name)) for name in names)
+        self._load_momenta(saved)
         self._load_scales(saved)
         self._load_errors(saved)
 

@@ -1,7 +1,8 @@
 """AdamW as the paper runs it, and the running average of the weights."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ class AdamW(torch.optim.AdamW):
     paper's numbers 0.04·4² = 0.64. Gradients whose squares all stay below the limit cannot exceed it, so the
     pass over the variances is left out for them.
 
+    Args:
+        plain: parameters whose gradient is the step already, but for the step size (`dalle.muon`).
+        plain_decay: their weight decay.
+
     Source: paper, App. B.2 (variance clipped by value to 5 before either update).
     """
 
@@ -27,17 +32,24 @@ class AdamW(torch.optim.AdamW):
         betas: tuple[float, float],
         weight_decay: float,
         variance_limit: float | None = None,
+        plain: Collection[str] = (),
+        plain_decay: float = 0.0,
     ) -> None:
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        matrices = [p for _, p in named if len(full_shape(p)) > 1]
+        matrices = [p for n, p in named if len(full_shape(p)) > 1 and n not in plain]
         vectors = [p for _, p in named if len(full_shape(p)) <= 1]  # gains and biases are not decayed
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        if plain:
+            moved = [p for n, p in named if n in plain]
+            groups.append({"params": moved, "weight_decay": plain_decay, "plain": True})
         # The step size is written into the groups before every update (see `Engine.update`).
         super().__init__(groups, lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=True)
         self.variance_limit, self.grad_norm, self.skip = variance_limit, math.inf, False
         self.names = {id(p): n for n, p in named}
         self.packed: frozenset[str] = frozenset()  # names of parameters with 16-bit moments
+        self.plain = frozenset(plain)
 
+    @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One update; `grad_norm` must be the norm of the gradient that it applies.
 
@@ -46,7 +58,23 @@ class AdamW(torch.optim.AdamW):
         if self.skip:
             return None
         self._limit_variance()
-        return super().step(closure)
+        with self.groups("plain") as plain:
+            for group in plain:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.mul_(1 - group["lr"] * group["weight_decay"]).add_(p.grad, alpha=-group["lr"])
+        with self.groups("plain", False):
+            return super().step(closure)
+
+    @contextmanager
+    def groups(self, mark: str, marked: bool = True) -> Iterator[list[dict[str, Any]]]:
+        """Only the groups with this mark, or without it, stand in `param_groups`."""
+        every = self.param_groups
+        self.param_groups = [group for group in every if group.get(mark, False) == marked]
+        try:
+            yield self.param_groups
+        finally:
+            self.param_groups = every
 
     def _limit_variance(self) -> None:
         """Make room for this update's squared gradients."""

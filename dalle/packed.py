@@ -1,8 +1,7 @@
 """AdamW that keeps the moments of large matrices in 16 bits."""
 
 import math
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -58,24 +57,14 @@ class PackedAdamW(AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """See `AdamW.step`."""
-        with self._groups(packed=False):
+        with self.groups("packed", False):
             loss = super().step(closure)
-        with self._groups(packed=True) as groups:
+        with self.groups("packed") as groups:
             for group in [] if self.skip else groups:
                 for p in group["params"]:
                     if p.grad is not None:
                         self._update(p, p.grad, group)
         return loss
-
-    @contextmanager
-    def _groups(self, *, packed: bool) -> Iterator[list[dict[str, Any]]]:
-        """Only the groups of this kind stand in `param_groups`."""
-        every = self.param_groups
-        self.param_groups = [group for group in every if group.get("packed", False) == packed]
-        try:
-            yield self.param_groups
-        finally:
-            self.param_groups = every
 
     def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]

@@ -18,7 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,31 +28,11 @@ from torch import Tensor
 from dalle.console import warn
 from dalle.minifloat import SIGNED
 from dalle.optim import full_shape
+from dalle.piece import Piece
 from dalle.wire import Wire
 
 IDENTITY = 1e-6  # how much of it is added before orthonormalising
 LOSSES = 3  # samples in a row in which a plain mean was faster, before the user is told
-
-
-@runtime_checkable
-class Piece(Protocol):
-    """What this process holds of a parameter's gradient: a run of it, flattened, that is changed in place."""
-
-    @property
-    def name(self) -> str:
-        """Of the parameter."""
-
-    @property
-    def parameter(self) -> Tensor:
-        """The parameter, which may be partitioned."""
-
-    @property
-    def grad(self) -> Tensor:
-        """In fp32."""
-
-    @property
-    def offset(self) -> int:
-        """Where the run begins in the flattened parameter."""
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,12 @@ class Training:
 class LargeTraining(Training):
     """What the paper does to train a model too large for one machine."""
 
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw",
+        "of the resblocks' matrices; muon: along their mean gradient made orthogonal, for small models",
+        paper="AdamW",
+    )
+    muon_lr: float = setting(0.01, "peak step size of the matrices with optimizer=muon", paper="no muon")
     moments: Literal["fp32", "16bit"] = setting(
         "fp32",
         "AdamW's moments of the resblocks' matrices: fp32, or 1-6-9 and 0-6-10 in half the memory",
@@ -132,6 +138,10 @@ class LargeTraining(Training):
         for name in ("compression_rank", "compression_start", "compression_sample"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
+        if self.muon_lr <= 0:
+            raise ConfigError(f"muon_lr={self.muon_lr} must be above 0")
+        if self.optimizer == "muon" and self.moments != "fp32":
+            raise ConfigError("optimizer=muon has no variances to pack: leave moments=fp32")
 
 
 SETTLED = 10  # updates after which the time left is worth saying
@@ -235,7 +245,8 @@ def fit(session: Session) -> bool:
         clock, saver = Stopwatch(), Saver(folder, config.keep, topology)
         ceiling = topology.world * gemm_rate(engine.device, engine.precision)
         window = Window(task.tokens_per_picture, clock, task.flops_per_picture, ceiling)
-        with closing(stream(session, step)) as batches, Bar(task.label, config.steps, step, clock) as bar:
+        bar = Bar(task.label, config.steps, step, clock)
+        with closing(stream(session, step)) as batches, bar, saver:
             stopping = False
             while step < config.steps and not stopping:
                 saver.check()  # rather than train on for what would be lost
@@ -262,7 +273,6 @@ def fit(session: Session) -> bool:
                         saver.save(step, engine.state(), {"task": task.state()})
                         if log and engine.scaling is not None:
                             draw_scales(folder)
-        saver.wait()
         topology.barrier()  # process 0 has written
     _name_skipped(topology.gather(loader.skipped))
     if step < config.steps:

@@ -13,7 +13,8 @@ from dalle.data.source import Source
 from dalle.distributed import Topology, topology
 from dalle.engine import Engine
 from dalle.errors import ConfigError
-from dalle.optim import AdamW, Average
+from dalle.muon import Muon
+from dalle.optim import AdamW, Average, full_shape
 from dalle.packed import PackedAdamW
 from dalle.powersgd import PowerSGD
 from dalle.precision import Arithmetic, best_device, choose
@@ -104,19 +105,27 @@ def make_engine(
         config: its settings.
         precision: of the arithmetic.
         variance_limit: see `AdamW`.
-        matrices: parameters whose moments may be held in 16 bits and whose gradients may be compressed.
+        matrices: parameters whose moments may be held in 16 bits, whose gradients may be compressed, and that
+            muon may train.
     """
     here = shards(config)
     micro_batches = config.micro_batches(here.world)
-    packed = isinstance(config, LargeTraining) and config.moments == "16bit"
-    adamw = partial(PackedAdamW, matrices=matrices) if packed else AdamW
+    whole = here.world == 1 or config.zero == 0
+    muon: Muon | None = None
+    adamw: Callable[..., AdamW] = AdamW
+    if isinstance(config, LargeTraining) and config.moments == "16bit":
+        adamw = partial(PackedAdamW, matrices=matrices)
+    if isinstance(config, LargeTraining) and config.optimizer == "muon":
+        ratio, named = config.muon_lr / config.lr, dict(model.named_parameters())
+        adamw = partial(AdamW, plain=matrices, plain_decay=ratio * config.weight_decay)
+        muon = Muon({n: full_shape(named[n]) for n in matrices}, ratio, not whole, here.shards)
     optimizer = adamw(
         model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
         variance_limit=variance_limit,
     )  # fmt: skip
     ema = (config.ema_decay, config.ema_every)
     engine: Callable[..., Engine]
-    if here.world == 1 or config.zero == 0:
+    if whole:
         engine = partial(Engine, model, optimizer, Average(model.parameters(), *ema))
     else:
         from dalle.zero import ZeroEngine
@@ -128,8 +137,9 @@ def make_engine(
     compression = make_compression(config, matrices)
     scaling = Scaling(model, micro_batches) if precision == "fp16" else None
     return engine(
-        clip=config.clip, precision=precision, scaling=scaling, topology=here, compression=compression
-    )
+        clip=config.clip, precision=precision, scaling=scaling, topology=here, compression=compression,
+        muon=muon,
+    )  # fmt: skip
 
 
 def make_loader(source: Source, prepare: Prepare, config: Training, min_side: int) -> Loader:

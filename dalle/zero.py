@@ -18,9 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dalle.distributed import Part, Topology
-from dalle.engine import Engine, Piece, R, Saved
+from dalle.engine import Engine, R, Saved
 from dalle.errors import ConfigError
+from dalle.muon import Muon
 from dalle.optim import AdamW, Average, full_shape
+from dalle.piece import Piece
 from dalle.powersgd import PowerSGD
 from dalle.precision import Arithmetic
 from dalle.scaling import Scaling
@@ -179,6 +181,7 @@ class ZeroEngine(Engine):
         offload: str = "none",
         scaling: Scaling | None = None,
         compression: PowerSGD | None = None,
+        muon: Muon | None = None,
     ) -> None:
         package = deepspeed()
         self.stage, self.offload = stage, offload
@@ -198,7 +201,7 @@ class ZeroEngine(Engine):
         average = Average(self.flats, *ema)
         super().__init__(
             model, optimizer, average, clip=clip, precision=precision, scaling=scaling, topology=topology,
-            compression=compression,
+            compression=compression, muon=muon,
         )  # fmt: skip
         self.device = torch.device(self.deep.device)
         self.shares = {name: self._share(p) for name, p in self.named.items()}
@@ -313,7 +316,7 @@ class ZeroEngine(Engine):
     def state(self) -> dict[str, dict[str, Part]]:
         """See `Engine.state`."""
         moments = {}
-        for name in self.named:
+        for name in (n for n in self.named if n not in self.optimizer.plain):
             for kind in MOMENTS:
                 held = [self.optimizer.state[flat].get(kind) for flat in self.flats]
                 if any(moment is not None for moment in held):
@@ -324,7 +327,7 @@ class ZeroEngine(Engine):
         return self._errors() | {
             "weights": {name: self._part(name, self.flats) for name in self.named},
             "average": {name: self._part(name, self.average.weights) for name in self.named},
-            "moments": moments,
+            "moments": moments | self._momenta(),
             **{f: {n: self._whole(t) for n, t in group.items()} for f, group in self._scales().items()},
         }
 
@@ -356,6 +359,8 @@ class ZeroEngine(Engine):
                 group = self.optimizer.param_groups[
                     self.zero.sub_group_to_group_id[i] if self.stage == 3 else i
                 ]
+                if group.get("plain"):
+                    continue
                 dtype = torch.uint16 if group.get("packed") else flat.dtype
                 self.optimizer.state[flat] = {
                     "step": updates.to(flat.device, copy=True),  # each flat tensor counts for itself
@@ -365,9 +370,10 @@ class ZeroEngine(Engine):
             self._take(saved, "weights", name, name, self.flats)
             self._take(saved, "average", name, name, self.average.weights)
             for kind in MOMENTS if counts else ():
-                held = [self.optimizer.state[flat][kind] for flat in self.flats]
+                held = [self.optimizer.state[flat].get(kind) for flat in self.flats]
                 self._take(saved, "moments", f"{name}/{kind}", name, held)
         self._show(self.flats)
+        self._load_momenta(saved)
         self._load_scales(saved)
         self._load_errors(saved)
 
