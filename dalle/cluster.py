@@ -52,6 +52,7 @@ class Choice:
     micro_batch: int  # pictures in one pass of one GPU
     offload: bool = False
     rank: int = 0  # total rank of the gradients between machines; 0: not compressed
+    muon: bool = False  # matrices have one moment, in fp32
 
     def options(self, other: "Choice") -> str:
         """What changes from `other` to this, as one would type it."""

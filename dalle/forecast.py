@@ -56,11 +56,11 @@ def memory(
     activations = held.partitioned if stage >= 2 else held.whole - 4 * n
     errors = 2.0 * matrices / shards if choice.rank else 0.0
     on_gpu = not (choice.offload and stage)
-    packed = choice.moments == "16bit"
+    halved = choice.moments == "16bit" or choice.muon
     return Memory(
         weights=4 * n / of_weights + (4 * n / of_moments if stage and on_gpu else 0),
         gradients=4 * n / of_gradients,
-        moments=(4 * matrices + 8 * rest if packed else 8 * n) / of_moments if on_gpu else 0.0,
+        moments=(4 * matrices + 8 * rest if halved else 8 * n) / of_moments if on_gpu else 0.0,
         average=4 * n / of_average if on_gpu else 0.0,
         errors=errors,
         activations=float(max(0, activations)),

@@ -38,7 +38,7 @@ def cheaper(
         if needed.total <= cluster.memory and len(found) < 3:
             found.append((other, needed))
     told = [(other.options(choice), needed) for other, needed in found]
-    small = replace(choice, stage=3 if cluster.gpus > 1 else choice.stage, moments="16bit")
+    small = replace(choice, stage=3 if cluster.gpus > 1 else choice.stage, moments=_smallest_moments(choice))
     head = model.width // model.heads
     # The first of each is the model itself: the others' activations are taken in proportion to its own.
     narrower = [
@@ -73,14 +73,18 @@ def _first(
 
 def _changes(choice: Choice, cluster: Cluster) -> Iterator[Choice]:
     stages = range(choice.stage, 4) if cluster.gpus > 1 else [choice.stage]
-    moments = {choice.moments, "16bit"}
+    moments = {choice.moments, _smallest_moments(choice)}
     recompute = {choice.recompute, True}
     batches = [b for b in range(1, choice.micro_batch + 1) if choice.micro_batch % b == 0]
     offload = {choice.offload, cluster.gpus > 1}
     ranks = {choice.rank, 0} if cluster.machines > 1 else {choice.rank}
     for each in itertools.product(stages, moments, recompute, batches, offload, ranks):
-        if (other := Choice(*each)) != choice:
+        if (other := Choice(*each, muon=choice.muon)) != choice:
             yield other
+
+
+def _smallest_moments(choice: Choice) -> str:
+    return choice.moments if choice.muon else "16bit"
 
 
 def _changed(one: Choice, other: Choice) -> frozenset[str]:
@@ -154,7 +158,10 @@ def make_plan(
     micro = max(1, training.micro_batch // cluster.gpus) if training.micro_batch else local
     if rank is None:
         rank = paper_rank(model.width) if cluster.machines > 1 else 0
-    choice = Choice(zero if zero is not None else 3, training.moments, training.recompute, micro, rank=rank)
+    choice = Choice(
+        zero if zero is not None else 3, training.moments, training.recompute, micro, rank=rank,
+        muon=training.optimizer == "muon",
+    )  # fmt: skip
     stages = {s: memory(model, replace(choice, stage=s), cluster, precision) for s in range(4)}
     if cluster.gpus == 1:
         stages, choice = {0: stages[0]}, replace(choice, stage=0)

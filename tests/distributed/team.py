@@ -14,7 +14,7 @@ from dalle.console import Stopwatch
 from dalle.distributed import topology
 from dalle.engine import Engine
 from dalle.metrics import Window
-from dalle.training import Session, Training, keyed, resume, stream, update
+from dalle.training import LargeTraining, Session, keyed, resume, stream, update
 from dalle.wiring import build, make_engine
 from stage2_prior.config import PriorConfig
 from stage2_prior.loss import losses
@@ -28,12 +28,12 @@ COURSES = {2: ((1, "fp32"), (2, "fp32"), (2, "bf16"), (2, "fp16")), 4: ((2, "fp3
 SICK, SICK_STEP = "layers.1.mlp", 2  # where and when an infinity is planted
 
 
-def settings(**changes: Any) -> Training:
+def settings(**changes: Any) -> LargeTraining:
     values = {
         "steps": STEPS, "batch_size": BATCH, "lr": 1e-2, "beta1": 0.9, "beta2": 0.96, "weight_decay": 0.1,
         "clip": 0.2, "ema_decay": 0.9, "ema_every": 1, "seed": 3, "workers": 0, "precision": "fp32",
     }  # fmt: skip
-    return Training(**(values | changes))
+    return LargeTraining(**(values | changes))
 
 
 class Samples:
@@ -113,7 +113,7 @@ def session(folder: Path = Path(), *, sick: bool = False, **changes: Any) -> Ses
     config = settings(**changes)
     model = build(lambda: Prior(PriorConfig(**PRIOR_SHAPE)), config)
     model.recompute = config.zero == 3
-    engine = make_engine(model, config, config.precision, variance_limit=5.0)
+    engine = make_engine(model, config, config.precision, variance_limit=5.0, matrices=model.matrices())
     size = BATCH // topology().world // config.micro_batches(topology().world)
     return Session(Toy(model, sick), engine, Samples(size), config, folder, topology())
 
@@ -188,6 +188,11 @@ def offloaded() -> dict[str, Any]:
     return {str(zero): curve(zero=zero, offload="cpu") for zero in (1, 2, 3)}
 
 
+def muon() -> dict[str, Any]:
+    """Matrices that are orthogonalised whole, wherever their parts are."""
+    return {str(zero): curve(zero=zero, optimizer="muon") for zero in STAGES}
+
+
 def born() -> dict[str, Any]:
     """At every stage, which of the weights at the start differ from those of one process."""
     result = {}
@@ -204,13 +209,18 @@ def born() -> dict[str, Any]:
     return result
 
 
-def relay(folder: str) -> dict[str, Any]:
+def relay_with_muon(folder: str) -> dict[str, Any]:
+    """The same with mean gradients of matrices."""
+    return relay(folder, optimizer="muon")
+
+
+def relay(folder: str, **changes: Any) -> dict[str, Any]:
     """From stage to stage by way of the disk: losses, and what is not the same after loading."""
     found: list[float] = []
     before: dict[str, Tensor] = {}
     differ = {}
     for turn, zero in enumerate((2, 0, 3, 1, 3)):
-        one = session(Path(folder), zero=zero, precision="fp16")
+        one = session(Path(folder), zero=zero, precision="fp16", **changes)
         start = resume(one)
         assert start == 2 * turn
         if turn:

@@ -68,7 +68,7 @@ def test_an_infinity_in_one_process_shrinks_one_scale_everywhere_and_the_run_goe
 
 @pytest.fixture(scope="module")
 def two(teams):
-    return teams(TEAM, "born+offloaded", local=2)
+    return teams(TEAM, "born+offloaded+muon", local=2)
 
 
 def test_slurm_starts_the_same(teams, two):
@@ -80,13 +80,22 @@ def test_the_weights_at_the_start_are_those_of_one_process_bit_for_bit(two, zero
     assert two["born"][str(zero)] == []
 
 
-def test_a_state_passes_from_stage_to_stage_bit_for_bit_and_the_losses_go_on(teams, tmp_path):
-    relay = teams(TEAM, "relay", tmp_path, local=2)["relay"]
+@pytest.mark.parametrize(("work", "changes"), [("relay", {}), ("relay_with_muon", {"optimizer": "muon"})])
+def test_a_state_passes_from_stage_to_stage_bit_for_bit_and_the_losses_go_on(teams, tmp_path, work, changes):
+    relay = teams(TEAM, work, tmp_path, local=2)[work]
     assert relay["differ"] == {
         "turn 1, into 0": [], "turn 2, into 3": [], "turn 3, into 1": [], "turn 4, into 3": [],
     }  # fmt: skip
-    losses = [line["loss"] for line in train(session(precision="fp16"), 0, 10)]
+    losses = [line["loss"] for line in train(session(precision="fp16", **changes), 0, 10)]
     assert relay["losses"] == pytest.approx(losses, rel=TOLERANCE["fp16"])
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_matrices_are_orthogonalised_whole(two, alone, zero):
+    found, expected = two["muon"][str(zero)], curve(optimizer="muon")
+    for name in ("loss", "heldout", "after"):
+        assert found[name] == pytest.approx(expected[name], rel=TOLERANCE["fp32"])
+    assert found["after"] != pytest.approx(alone["fp32"]["after"], rel=1e-4)  # AdamW goes elsewhere
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
