@@ -35,7 +35,7 @@ LABELS = {"fp32": "fp32 moments", "16bit": "16-bit moments (1-6-9, 0-6-10)"}
 def train(run: Path, moments: str) -> list[tuple[float, float]]:
     """Loss by update, a mean over ten each."""
     shutil.copytree(FOLDER / "dvae", run / "dvae")
-    settings = (f"moments={moments}", "precision=fp32", f"eval_every={STEPS}", "workers=0")
+    settings = ("optimizer=adamw", f"moments={moments}", "precision=fp32", f"eval_every={STEPS}", "workers=0")
     options = Options(run, "scenes", "tiny", STEPS, settings)
     train_prior(options, codes_of(run), preset="tiny", data="scenes")
     return [(line["step"], line["loss"]) for line in read_metrics(run / "prior") if "loss" in line]

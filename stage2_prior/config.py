@@ -138,6 +138,7 @@ PRESETS: dict[str, tuple[PriorConfig, PriorTraining]] = {
             warmup=50,
             lr_schedule="cosine",
             beta2=0.98,
+            optimizer="muon",
             ema_every=1,
             bpe_vocab=2048,
             bpe_spaces="joined",
