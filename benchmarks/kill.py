@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from dalle.checkpoint import newest_state, state_folders
 from dalle.metrics import read_metrics
+from dalle.states import newest_state, state_folders
 
 DALLE = [sys.executable, "-c", "from cli.main import main; main()"]
 SMALL = "workers=0 eval_pictures=3 batch_size=4 precision=fp32 save_every=1 log_every=1 eval_every=100000"

@@ -18,12 +18,12 @@ import torch
 
 from dalle.builtin import FOLDER
 from dalle.chart import curves, svg
-from dalle.checkpoint import State, state_folders
 from dalle.metrics import read_metrics
 from dalle.optim import AdamW
 from dalle.packed import PackedAdamW
 from dalle.pipeline import codes_of
 from dalle.runs import Options
+from dalle.states import State, state_folders
 from stage2_prior.config import PriorConfig
 from stage2_prior.model import Prior
 from stage2_prior.train import train as train_prior

@@ -135,10 +135,10 @@ def verify_resume(
     json: opt.Json = False,
 ) -> None:
     """Replay three updates of each stage, with and without a stop: is what was saved all that counts?"""
-    from dalle.checkpoint import state_folders
     from dalle.errors import CheckpointError
     from dalle.pipeline import codes_of
     from dalle.runs import Options
+    from dalle.states import state_folders
     from dalle.verify import verify_resume as verify
     from stage1_dvae.train import prepare as prepare_dvae
     from stage2_prior.train import prepare as prepare_prior

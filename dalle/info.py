@@ -6,9 +6,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dalle.checkpoint import fingerprint, read_json, state_folders
+from dalle.checkpoint import fingerprint, read_json
 from dalle.errors import CheckpointError
 from dalle.metrics import read_metrics
+from dalle.states import state_folders
 
 SHOWN = (
     "loss",

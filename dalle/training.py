@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dalle.ceiling import gemm_rate
 from dalle.chart import draw_scales
-from dalle.checkpoint import Saver, SharedState, newest_state
 from dalle.config import setting
 from dalle.console import Bar, Stopwatch, duration, say, warn
 from dalle.data.loader import Loader
@@ -23,6 +22,7 @@ from dalle.errors import CheckpointError, ConfigError
 from dalle.metrics import MetricsLog, Window
 from dalle.precision import Precision
 from dalle.process import keep_freed_memory, only_process, stop_signals
+from dalle.states import Saver, SharedState, newest_state
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dalle.checkpoint import Saver, State, state_folders
 from dalle.console import Stopwatch, say
 from dalle.errors import CheckpointError
 from dalle.metrics import Window
+from dalle.states import Saver, State, state_folders
 from dalle.training import Session, resume, stream, update
 
 UPDATES = 3

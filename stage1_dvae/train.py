@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.checkpoint import state_folders
 from dalle.console import say, warn
 from dalle.data.augment import centre_crop, stage1_crop
 from dalle.data.loader import Loader
@@ -20,6 +19,7 @@ from dalle.pictures import grid, save_png, to_images, to_pixels
 from dalle.precision import best_device
 from dalle.runs import Options, Plan, machine_preset, plan
 from dalle.schedules import cosine, warmup
+from dalle.states import state_folders
 from dalle.training import Batch, Session, fit, keyed
 from dalle.wiring import build, make_engine, make_loader, partitioned, place, precision_of, processes
 from dalle.zero import whole

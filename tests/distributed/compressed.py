@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from dalle.checkpoint import Saver
 from dalle.distributed import topology
 from dalle.errors import DalleError
 from dalle.optim import full_shape
+from dalle.states import Saver
 from dalle.training import LargeTraining, Session, resume
 from dalle.wiring import build, make_engine
 from stage2_prior.config import PriorConfig

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle.checkpoint import Saver
 from dalle.console import Stopwatch
 from dalle.distributed import topology
 from dalle.engine import Engine
 from dalle.metrics import Window
+from dalle.states import Saver
 from dalle.training import LargeTraining, Session, keyed, resume, stream, update
 from dalle.wiring import build, make_engine
 from stage2_prior.config import PriorConfig

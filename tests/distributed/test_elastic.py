@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalle.checkpoint import State, newest_state, state_folders
 from dalle.metrics import read_metrics
+from dalle.states import State, newest_state, state_folders
 from tests.e2e.settings import begin, dvae, options, prior
 
 pytestmark = pytest.mark.distributed

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cli.main
-from dalle.checkpoint import TensorFile
+from dalle.states import TensorFile
 from tests import tiny
 from tests.e2e.settings import dvae, options, prior
 from tests.e2e.warm import Done

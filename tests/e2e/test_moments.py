@@ -4,8 +4,8 @@ import shutil
 
 import torch
 
-from dalle.checkpoint import State
 from dalle.metrics import read_metrics
+from dalle.states import State
 from tests.e2e.settings import dvae, options, prior
 
 # MLPs of 9,216 numbers: large enough to pack

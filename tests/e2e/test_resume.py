@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dalle.checkpoint import State, state_folders
 from dalle.metrics import read_metrics
+from dalle.states import State, state_folders
 from tests.e2e.settings import begin, dvae, options, prior
 
 STEPS = 60

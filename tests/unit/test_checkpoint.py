@@ -12,24 +12,19 @@ import pytest
 import torch
 from torch import nn
 
-from dalle import checkpoint
+from dalle import checkpoint, states
 from dalle.checkpoint import (
     FORMAT,
-    STATE,
-    State,
-    TensorFile,
     fingerprint,
     load_weights,
-    newest_state,
     read_json,
     replacing,
     save_weights,
-    state_folders,
     write_json,
-    write_state,
 )
 from dalle.distributed import Part
 from dalle.errors import CheckpointError
+from dalle.states import STATE, State, TensorFile, newest_state, state_folders, write_state
 
 
 def net(seed: int, width: int = 5) -> nn.Module:
@@ -138,7 +133,8 @@ def test_a_kill_at_any_point_leaves_the_earlier_states_alone(tmp_path, monkeypat
         folder = tmp_path / str(allowed)
         shutil.copytree(tmp_path / "before", folder)
         if (child := os.fork()) == 0:
-            monkeypatch.setattr(checkpoint, "unwritable", lambda *_: os._exit(9))
+            for module in (checkpoint, states):
+                monkeypatch.setattr(module, "unwritable", lambda *_: os._exit(9))
             monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the dead do not tidy up
             Full(monkeypatch, allowed)
             save(folder, 5)

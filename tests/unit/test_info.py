@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from dalle.checkpoint import fingerprint, write_state
+from dalle.checkpoint import fingerprint
 from dalle.errors import CheckpointError
 from dalle.info import describe_run, facts_of_run
+from dalle.states import write_state
 from tests import tiny
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dalle.checkpoint import Saver, load_weights, newest_state, state_folders
+from dalle.checkpoint import load_weights
 from dalle.data.loader import Loader
 from dalle.data.source import BadSample, Sample
 from dalle.distributed import ALONE
@@ -20,6 +20,7 @@ from dalle.errors import CheckpointError, ConfigError
 from dalle.metrics import read_metrics
 from dalle.optim import AdamW, Average
 from dalle.process import only_process
+from dalle.states import Saver, newest_state, state_folders
 from dalle.training import Session, Training, fit, keyed
 
 STEPS, BATCH = 8, 4

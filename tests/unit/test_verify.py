@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from dalle.checkpoint import State, write_state
 from dalle.distributed import ALONE, Part
 from dalle.errors import CheckpointError
+from dalle.states import State, write_state
 from dalle.training import Session
 from dalle.verify import first_difference, verify_resume
 from tests.unit.test_training import Regression, config
