@@ -96,9 +96,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     keep_freed_memory()
     device = best_device()
-    print(
-        f"{device}, {torch.get_num_threads()} threads, ours in {choose('auto', device)}, torch {torch.__version__}"
-    )
+    print(f"{device}, {torch.get_num_threads()} threads, ours in {choose('auto', device)}")
     print("| | ours | plain | faster by | networks alone | share of their speed |")
     print("|---|---|---|---|---|---|")
     for name, (config, batch) in SHAPES.items():
