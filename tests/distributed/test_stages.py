@@ -26,11 +26,11 @@ def alone():
 @pytest.fixture(scope="module", params=[2, 4])
 def team(request, teams):
     """All that is asked of so many processes, in one start of them."""
-    return teams(TEAM, "matrix+sick", local=request.param) | {"processes": request.param}
+    return teams(TEAM, "matrix+sick", local=request.param)
 
 
 def test_losses_and_norms_are_those_of_one_process(team, alone):
-    for parts, precision in COURSES[team["processes"]]:
+    for parts, precision in COURSES:
         expected, near = alone[precision], TOLERANCE[precision]
         for zero in STAGES:
             found, where = team["matrix"][key(zero, parts, precision)], (zero, parts, precision)
