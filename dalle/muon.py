@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dalle.piece import Piece
+from dalle.threads import Threads
 
 MOMENTUM = 0.95
 ROUNDS = 5
@@ -47,6 +48,7 @@ class Muon:
         ratio: of their step size to AdamW's.
         partitioned: does each of the processes `shards` (by default all) hold a run of every gradient?
             Each then puts them together, a matrix at a time, and keeps its run of the step.
+        threads: take a matrix each: such small products gain nothing from threads inside of them.
     """
 
     def __init__(
@@ -55,9 +57,10 @@ class Muon:
         ratio: float,
         partitioned: bool = False,
         shards: Any = None,
+        threads: Threads | None = None,
     ) -> None:
         self.shapes, self.ratio = dict(sorted(shapes.items())), ratio
-        self.partitioned, self.shards = partitioned, shards
+        self.partitioned, self.shards, self.threads = partitioned, shards, threads or Threads(1)
         self.momenta: dict[str, Tensor] = {}  # this process' runs, flat
 
     @torch.no_grad()
@@ -65,19 +68,27 @@ class Muon:
         """Replace the matrices' gradients by their steps, in place; the others stay as they are."""
         held = {piece.name: piece for piece in pieces}
         device = pieces[0].grad.device if pieces else torch.device("cpu")
-        for name, (rows, columns) in self.shapes.items():
-            whole, run = torch.zeros(rows * columns, device=device), slice(0, 0)
-            if (piece := held.get(name)) is not None:
-                run = slice(piece.offset, piece.offset + piece.grad.numel())
-                gradient = piece.grad.flatten()
-                momentum = self.momenta.setdefault(name, torch.zeros_like(gradient))
-                momentum.mul_(MOMENTUM).add_(gradient)
-                torch.add(gradient, momentum, alpha=MOMENTUM, out=whole[run])  # Nesterov's
-            if self.partitioned:
-                dist.all_reduce(whole, group=self.shards)
-            step = orthogonal(whole.view(rows, columns)) * (self.ratio * math.sqrt(max(1, rows / columns)))
-            if piece is not None:
-                piece.grad.copy_(step.flatten()[run].view_as(piece.grad))
+        every, count = list(self.shapes), self.threads.count
+        for names in (every[at : at + count] for at in range(0, len(every), count)):
+            whole = [self._ahead(name, held.get(name), device) for name in names]
+            for name, step in zip(names, self.threads.map(orthogonal, whole), strict=True):
+                if (piece := held.get(name)) is not None:
+                    rows, columns = self.shapes[name]
+                    run = step.flatten()[piece.offset :][: piece.grad.numel()]
+                    piece.grad.copy_(run.view_as(piece.grad))
+                    piece.grad.mul_(self.ratio * math.sqrt(max(1, rows / columns)))
+
+    def _ahead(self, name: str, piece: Piece | None, device: torch.device) -> Tensor:
+        """The whole mean gradient, a step ahead (Nesterov); `piece` is what this process holds of it."""
+        whole = torch.zeros(math.prod(self.shapes[name]), device=device)
+        if piece is not None:
+            gradient = piece.grad.flatten()
+            momentum = self.momenta.setdefault(name, torch.zeros_like(gradient))
+            momentum.mul_(MOMENTUM).add_(gradient)
+            torch.add(gradient, momentum, alpha=MOMENTUM, out=whole[piece.offset :][: len(gradient)])
+        if self.partitioned:
+            dist.all_reduce(whole, group=self.shards)
+        return whole.view(self.shapes[name])
 
     def load(self, name: str, offset: int, size: int, saved: Tensor) -> None:
         """Take back this process' run of a saved mean gradient."""
