@@ -108,7 +108,10 @@ def page(figures: Mapping[str, Any], run: Path, scores: Mapping[str, Score]) -> 
 
 def _settings(sampling: Mapping[str, Any]) -> str:
     cuts = [f"top-{name[-1]} {sampling[name]}" for name in ("top_k", "top_p") if sampling[name] is not None]
-    return f"at temperature {sampling['temperature']:g}{''.join(f', {cut}' for cut in cuts)}"
+    chosen = [f"temperature {sampling['temperature']:g}", *cuts]
+    if sampling["guidance"] != 1:
+        chosen.append(f"guidance {sampling['guidance']:g}")
+    return f"at {', '.join(chosen)}"
 
 
 def _timing(stage: Mapping[str, Any]) -> str:
