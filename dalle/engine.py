@@ -208,10 +208,10 @@ class Engine:
             return {}
         parts = {}
         for name, shape in self.muon.shapes.items():
-            held = self.muon.momenta.get(name) if self._tells() else None
-            parts[name + MOMENTUM] = (
-                Part(shape, 0, torch.empty(0)) if held is None else Part(shape, self._run_of(name)[0], held)
-            )
+            offset, size = self._run_of(name) if self._tells() else (0, 0)
+            momentum = self.muon.momenta.get(name)  # None before the first update that was not dropped
+            values = torch.zeros(size) if momentum is None else momentum[:size]
+            parts[name + MOMENTUM] = Part(shape, offset, values)
         return parts
 
     def _compare_machines(self) -> None:
@@ -254,10 +254,11 @@ class Engine:
                 )
 
     def _load_momenta(self, saved: Saved) -> None:
-        for key in sorted(name for name in saved.names("moments") if name.endswith(MOMENTUM)):
-            tensor, name = saved.read("moments", key).to(self.device), key.removesuffix(MOMENTUM)
-            if self.muon is not None:
-                self.muon.load(name, *self._run_of(name), tensor)
+        if self.muon is None:
+            return
+        for name in self.muon.shapes:
+            tensor = saved.read("moments", name + MOMENTUM).to(self.device)
+            self.muon.load(name, *self._run_of(name), tensor)
 
     def _run_of(self, name: str) -> tuple[int, int]:
         """Where this process' run of a parameter's gradient begins, and its length."""

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from dalle.config import override
+from dalle.distributed import topology
+from dalle.engine import Engine
 from dalle.errors import ConfigError
 from dalle.muon import MOMENTUM, Muon, orthogonal
-from dalle.optim import AdamW
+from dalle.optim import AdamW, Average
 from dalle.piece import Piece
 from stage2_prior.config import PRESETS
 
@@ -86,6 +88,16 @@ def test_the_optimizer_takes_plain_steps_as_they_are():
     held = model[0].weight.detach().clone()
     optimizer.step()
     assert torch.equal(model[0].weight, held)
+
+
+def test_a_state_before_the_first_update_is_whole():
+    """As where every update so far was dropped for a gradient that was not finite."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    optimizer = AdamW(model, betas=(0.9, 0.98), weight_decay=0.1, plain=("0.weight",))
+    muon, average = Muon({"0.weight": (2, 3)}, 1.0), Average(model.parameters(), 0.9, 1)
+    engine = Engine(model, optimizer, average, clip=1.0, precision="fp32", muon=muon)
+    saved = topology().assemble(engine.state()["moments"]["0.weight/momentum"])
+    assert torch.equal(saved, torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize(
