@@ -62,7 +62,7 @@ def plain(model: DVAE, pixels: torch.Tensor) -> Callable[[], None]:
         logits = model.logits(pixels)
         decoded = model.decoded(F.gumbel_softmax(logits, TAU, dim=1))
         log_q = F.log_softmax(logits, dim=1)
-        uniform = torch.full_like(log_q, 1 / log_q.shape[1]).log()
+        uniform = torch.tensor(1 / log_q.shape[1], device=log_q.device).log()
         kl = F.kl_div(uniform, log_q, reduction="none", log_target=True).sum(1).mean()
         nll = -log_likelihood(pixels, decoded, model.config.pixel_std).mean()
         (nll + BETA * kl / 192).backward()
