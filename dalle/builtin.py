@@ -1,11 +1,16 @@
 """The model that travels with the project, and how a trained run becomes one."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dalle.checkpoint import load_tensors, read_json, replacing, save_weights, write_json
+from dalle.config import to_json
 from dalle.errors import CheckpointError
+from stage2_prior.model import Prior
 
 NAME = "scenes"
 FOLDER = Path(__file__).parent / "models" / NAME
@@ -32,19 +37,20 @@ def export(run: Path, out: Path) -> int:
     run = find_run(run)
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty: name a new folder")
-    for stage in ("dvae", "prior"):
-        config = read_json(run / stage / "config.json")
-        weights = load_tensors(run / stage / "weights.safetensors")
-        written = save_weights(
-            out / stage, {name: tensor.to(torch.float16) for name, tensor in weights.items()}
-        )
-        if stage == "dvae":
-            dvae = written
-        else:
-            config["dvae"] = dvae
-        write_json(out / stage / "config.json", config)
+    of_dvae = load_tensors(run / "dvae" / "weights.safetensors")
+    prior = Prior.load(run / "prior").folded()  # 16 bits of sums, not sums of 16 bits
+    dvae_config, prior_config = (read_json(run / stage / "config.json") for stage in ("dvae", "prior"))
+    prior_config["dvae"] = _write(out / "dvae", dvae_config, of_dvae)
+    prior_config["model"] = to_json(prior.config)
+    _write(out / "prior", prior_config, prior.state_dict())
     for name in ("prior/tokenizer.json", "report.json"):
         if (run / name).is_file():
             with replacing(out / name) as partial:
                 partial.write_bytes((run / name).read_bytes())
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def _write(folder: Path, config: dict[str, Any], weights: Mapping[str, Tensor]) -> str:
+    written = save_weights(folder, {name: tensor.to(torch.float16) for name, tensor in weights.items()})
+    write_json(folder / "config.json", config)
+    return written

@@ -29,12 +29,17 @@ class PriorConfig:
     depth: int = setting(64, "layers of one attention and one MLP resblock each", paper="64 (App. B.1)")
     width: int = setting(3968, "channels of the residual stream", paper="3,968 (App. B.1)")
     heads: int = setting(62, "attention heads", paper="62 of 64 channels each (App. B.1)")
+    code_channels: int = setting(
+        0, "channels of a vector by which image tokens share what is learned; 0: none", paper="none"
+    )
     kernel: int = setting(11, "cells per side of the convolutional mask; odd", paper="11 (App. B.1)")
 
     def __post_init__(self) -> None:
         for name in ("text_vocab", "image_vocab", "grid", "depth", "width", "heads", "kernel"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.code_channels < 0:
+            raise ConfigError(f"code_channels={self.code_channels} must be at least 0")
         if self.text_length < 2:
             raise ConfigError(
                 f"text_length={self.text_length} must be at least 2: the first slot is the start of text"
@@ -129,7 +134,7 @@ class PriorTraining(LargeTraining):
 PRESETS: dict[str, tuple[PriorConfig, PriorTraining]] = {
     # Minutes on two CPU cores. Departures from the paper are explained in docs/paper.md.
     "tiny": (
-        PriorConfig(text_length=20, depth=4, width=128, heads=4),
+        PriorConfig(text_length=20, depth=4, width=128, heads=4, code_channels=64),
         PriorTraining(
             batch_size=16,
             steps=4_000,

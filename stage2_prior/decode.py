@@ -104,6 +104,7 @@ class Decoder:
     def __init__(
         self, model: Prior, rows: int = 1, weights: Weights = "auto", precision: str = "fp32"
     ) -> None:
+        model = model.folded()
         c = self.config = model.config
         self.model, self.rows = model, rows
         self.device = model.start_of_text.device

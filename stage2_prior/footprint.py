@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from dalle.boundary import Boundary, enclose
 from dalle.precision import Arithmetic, arithmetic
+from stage2_prior.code_vectors import WIDENING
 from stage2_prior.config import Backend, PriorConfig
 from stage2_prior.loss import AT_ONCE, cross_entropy
 from stage2_prior.masks import kinds, visible
@@ -135,11 +136,14 @@ def _try(
             for p in model.parameters():
                 p.register_post_accumulate_grad_hook(held.leaves)
             with arithmetic(precision, torch.device("cpu")):
-                text, image = model(tokens, codes)
+                tables = model.code_tables()
+                text, image = model(tokens, codes, tables)
                 words, cells = text[:, :-1].flatten(0, 1), image.flatten(0, 1)
-                loss = cross_entropy(words, model.text_head, tokens.flatten(), AT_ONCE["cuda"])
-                loss = loss + cross_entropy(cells, model.image_head, codes.flatten(), AT_ONCE["cuda"])
-            del text, image, words, cells
+                heads = ((words, model.text_head.weight, model.text_head.bias, tokens.flatten()),
+                         (cells, tables.head, model.image_head.bias, codes.flatten()))  # fmt: skip
+                one, other = (cross_entropy(*head, AT_ONCE["cuda"]) for head in heads)
+                loss = one + other
+            del text, image, words, cells, tables, heads, one, other
             loss.backward()
     return Footprint(held.partitioned - held.before, held.whole - held.before)
 
@@ -149,7 +153,14 @@ def parameters(config: PriorConfig) -> tuple[int, int]:
     c = config
     vectors = c.depth * (4 + 9) * c.width  # gains and biases of two norms, biases of four matrices
     tables = 2 * c.text_vocab + 2 * c.image_vocab + 2 * c.text_length + 2 * c.grid + 2 + 2
-    return LAYER * c.width**2 * c.depth, vectors + tables * c.width + c.text_vocab + c.image_vocab
+    shared = 0
+    if c.code_channels:
+        hidden = WIDENING * c.width
+        shared = c.code_channels * (c.image_vocab + hidden) + hidden * (1 + 2 * c.width)
+    return (
+        LAYER * c.width**2 * c.depth,
+        vectors + tables * c.width + c.text_vocab + c.image_vocab + shared,
+    )
 
 
 def flops(config: PriorConfig, recompute: bool) -> float:

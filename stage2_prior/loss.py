@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle.threads import Threads
 from stage2_prior.model import Prior
@@ -31,22 +31,30 @@ def losses(
         threads: share out the batch; the losses are those of the whole of it.
     """
 
+    tables = model.code_tables()  # once for all threads
+
     def sums(tokens: Tensor, codes: Tensor) -> Tensor:
-        text, image = model(tokens, codes)
-        real = tokens >= 0
+        text, image = model(tokens, codes, tables)
+        real, words_head = tokens >= 0, model.text_head
         return torch.stack([
-            cross_entropy(text[:, :-1][real], model.text_head, tokens[real]),
-            cross_entropy(image.flatten(0, 1), model.image_head, codes.flatten()),
+            cross_entropy(text[:, :-1][real], words_head.weight, words_head.bias, tokens[real]),
+            cross_entropy(image.flatten(0, 1), tables.head, model.image_head.bias, codes.flatten()),
         ])[None]  # fmt: skip
 
     threads = threads or Threads(1)
-    text, image = threads.apply(sums, tokens, codes, parameters=list(model.parameters())).sum(0)
+    behind = {id(p) for p in model.of_codes()}  # the tables
+    parameters = [*tables, *(p for p in model.parameters() if id(p) not in behind)]
+    text, image = threads.apply(sums, tokens, codes, parameters=parameters).sum(0)
     shared = int((tokens >= 0).sum()) if words is None else words
     return text / max(1, shared), image / codes.numel()
 
 
 def cross_entropy(
-    states: Float[Tensor, "n w"], head: nn.Linear, targets: Int[Tensor, " n"], at_once: int | None = None
+    states: Float[Tensor, "n w"],
+    weight: Float[Tensor, "v w"],
+    bias: Float[Tensor, " v"],
+    targets: Int[Tensor, " n"],
+    at_once: int | None = None,
 ) -> Float[Tensor, ""]:
     """Sum of −ln p(target) over the rows, in fp32 whatever the rest runs in (paper, App. D).
 
@@ -56,9 +64,8 @@ def cross_entropy(
     Args:
         at_once: how many logits; what suits the device unless it is given.
     """
-    rows = max(1, (at_once or AT_ONCE[states.device.type]) // len(head.weight))
-    weight, bias = head.weight.float(), head.bias.float()
-    total: Tensor = _CrossEntropy.apply(states.float(), weight, bias, targets, rows)
+    rows = max(1, (at_once or AT_ONCE[states.device.type]) // len(weight))
+    total: Tensor = _CrossEntropy.apply(states.float(), weight.float(), bias.float(), targets, rows)
     return total
 
 

@@ -9,8 +9,10 @@ Source: paper, §2.2 and App. B.1.
 
 import math
 from collections.abc import Iterator
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,30 +24,15 @@ from dalle.boundary import LayerNorm, Linear, residual
 from dalle.checkpoint import load_model
 from dalle.initial import draw_seed, draw_weights
 from dalle.optim import full_shape
+from stage2_prior.activation import gelu
 from stage2_prior.attention import Attention
 from stage2_prior.backends import BACKENDS
+from stage2_prior.code_vectors import CodeVectors, principal_components
 from stage2_prior.config import Backend, PriorConfig
 from stage2_prior.masks import Kind, dense, kinds
 
 HEAD_SPREAD = 0.1  # of the logits at the start where the head does not begin at 0 (see `start_from`)
 SPREAD = 0.125  # variance of weights × fan-in, as in Sparse Transformers, which the paper follows
-
-
-class _Gelu(torch.autograd.Function):
-    """x·sigmoid(1.702x) in half the passes over memory, and with one tensor kept, that autograd would need.
-
-    It is silu(1.702x) / 1.702, whose derivative torch has in one pass.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return (1.702 * x).sigmoid_().mul_(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (grad,), (x,) = grads, ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad, 1.702 * x)
 
 
 class MLP(nn.Module):
@@ -57,8 +44,7 @@ class MLP(nn.Module):
         self.down = Linear(4 * width, width)
 
     def forward(self, x: Float[Tensor, "*b w"]) -> Float[Tensor, "*b w"]:
-        y: Tensor = _Gelu.apply(self.up(x))
-        return self.down(y)
+        return self.down(gelu(self.up(x)))
 
 
 class Layer(nn.Module):
@@ -79,6 +65,13 @@ class Layer(nn.Module):
             else:
                 x = residual(x, *resblock)
         return x
+
+
+class CodeTables(NamedTuple):
+    """What the prior knows of every code: `image_vocab width` each."""
+
+    embedding: Tensor
+    head: Tensor
 
 
 class Prior(nn.Module):
@@ -102,6 +95,7 @@ class Prior(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.text_head = nn.Linear(width, config.text_vocab)
         self.image_head = nn.Linear(width, config.image_vocab)
+        self.code_vectors = CodeVectors(config) if config.code_channels else None
         draw_weights(self.spreads(), seed)
 
     def spreads(self) -> Iterator[tuple[Tensor, float]]:
@@ -128,6 +122,8 @@ class Prior(nn.Module):
         for head in (self.text_head, self.image_head):
             yield head.weight, 0.0
             yield head.bias, 0.0
+        if self.code_vectors is not None:
+            yield from self.code_vectors.spreads(token_std, 0.0)
 
     def matrices(self) -> list[str]:
         """Names of the resblocks' matrices: all weights but gains, biases, embeddings and heads.
@@ -136,22 +132,57 @@ class Prior(nn.Module):
         """
         return [f"layers.{name}" for name, p in self.layers.named_parameters() if len(full_shape(p)) > 1]
 
+    def of_codes(self) -> list[Tensor]:
+        """The parameters from which the codes' tables are made; nothing else depends on them."""
+        shared = [] if self.code_vectors is None else list(self.code_vectors.parameters())
+        return [self.image_tokens.weight, self.image_head.weight, *shared]
+
+    def code_tables(self) -> CodeTables:
+        """The embedding of every code and its row of the head, as they are now."""
+        embedding, head = self.image_tokens.weight, self.image_head.weight
+        if self.code_vectors is None:
+            return CodeTables(embedding, head)
+        of_embedding, of_head = self.code_vectors()
+        return CodeTables(embedding + of_embedding, head + of_head)
+
+    @torch.no_grad()
+    def folded(self) -> "Prior":
+        """This prior for drawing: with the codes' tables as they are now in place of code vectors.
+
+        All else is shared with it, and without code vectors it is the same prior.
+        """
+        if self.code_vectors is None:
+            return self
+        tables, twin = self.code_tables(), copy(self)
+        twin.config = replace(self.config, code_channels=0)
+        twin._modules = {
+            **self._modules,
+            "code_vectors": None,
+            "image_tokens": _with_weight(self.image_tokens, tables.embedding),
+            "image_head": _with_weight(self.image_head, tables.head),
+        }
+        return twin
+
     @torch.no_grad()
     def start_from(self, vectors: Float[Tensor, "v c"], seed: int) -> None:
         """Begin with embeddings, and rows of the image head, that are alike for codes whose vectors are.
 
-        What is learned of one code then holds for its neighbours from the first update. The vectors'
-        principal components are turned at random, so that every channel and head has a share of each.
+        What is learned of one code then holds for its neighbours from the first update. Without code vectors
+        the tables begin as the vectors' principal components, turned at random, so that every channel and
+        head has a share of each.
         """
-        width = self.config.width
-        vectors = vectors.float().cpu()
-        centred = vectors - vectors.mean(0)
-        directions = torch.linalg.svd(centred, full_matrices=False).Vh[:width]
+        width, vectors = self.config.width, vectors.float().cpu()
+        of_embedding, of_head = math.sqrt(SPREAD / width), HEAD_SPREAD / math.sqrt(width)
+        if self.code_vectors is not None:
+            self.image_tokens.weight.zero_()
+            draw_weights(self.code_vectors.spreads(of_embedding, of_head), seed)
+            self.code_vectors.start_from(vectors)
+            return
         turn = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(seed))).Q
-        placed = centred @ directions.t() @ turn[: len(directions)]
+        placed = principal_components(vectors, width) @ turn
         placed /= placed.std().clamp_min(1e-6)
-        self.image_tokens.weight.copy_(placed * math.sqrt(SPREAD / width))
-        self.image_head.weight.copy_(placed * HEAD_SPREAD / math.sqrt(width))
+        self.image_tokens.weight.copy_(placed * of_embedding)
+        self.image_head.weight.copy_(placed * of_head)
 
     def resblocks(self) -> dict[str, tuple[nn.Module, nn.Module]]:
         """The two resblocks of every layer by name, in the order of the forward pass (`dalle.scaling`)."""
@@ -185,16 +216,23 @@ class Prior(nn.Module):
         start = self.start_of_text.expand(len(tokens), 1, -1)
         return torch.cat([start, words], 1) + self.text_positions.weight
 
-    def embed_image(self, codes: Int[Tensor, "b cells"]) -> Float[Tensor, "b cells w"]:
+    def embed_image(
+        self, codes: Int[Tensor, "b cells"], table: Float[Tensor, "v w"]
+    ) -> Float[Tensor, "b cells w"]:
         """The image slots: the start, then every code but the last, each at its slot's row and column."""
         start = self.start_of_image.expand(len(codes), 1, -1)
         places = (self.rows.weight[:, None] + self.columns.weight[None]).flatten(0, 1)
-        return torch.cat([start, self.image_tokens(codes[:, :-1])], 1) + places
+        return torch.cat([start, F.embedding(codes[:, :-1], table)], 1) + places
 
     def forward(
-        self, tokens: Int[Tensor, "b words"], codes: Int[Tensor, "b cells"]
+        self,
+        tokens: Int[Tensor, "b words"],
+        codes: Int[Tensor, "b cells"],
+        tables: CodeTables | None = None,
     ) -> tuple[Float[Tensor, "b text w"], Float[Tensor, "b cells w"]]:
         """Final states of the text slots and of the image slots; the heads turn them into logits.
+
+        `tables` are `code_tables()`, for a caller that has them already.
 
         Raises:
             ValueError: tokens or codes of another shape.
@@ -205,16 +243,31 @@ class Prior(nn.Module):
                 f"expected tokens (b, {c.text_length - 1}) and codes (b, {c.cells}), "
                 f"got {tuple(tokens.shape)} and {tuple(codes.shape)}"
             )
-        x = torch.cat([self.embed_text(tokens), self.embed_image(codes)], 1)
+        table = (tables or self.code_tables()).embedding
+        x = torch.cat([self.embed_text(tokens), self.embed_image(codes, table)], 1)
         for layer in self.layers:
             x = layer(x, self.recompute)
         x = self.norm(x)
         return x[:, : c.text_length], x[:, c.text_length :]
 
-    def logits(self, head: nn.Linear, states: Float[Tensor, "*b w"]) -> Float[Tensor, "*b v"]:
-        """`head` of these states, in fp32 whatever the rest runs in (paper, App. D)."""
-        with torch.autocast(states.device.type, enabled=False):
-            return F.linear(states.float(), head.weight.float(), head.bias.float())
+    def text_logits(self, states: Float[Tensor, "*b w"]) -> Float[Tensor, "*b v"]:
+        """The text head of these states, in fp32 whatever the rest runs in (paper, App. D)."""
+        return _in_fp32(states, self.text_head.weight, self.text_head.bias)
+
+    def image_logits(self, states: Float[Tensor, "*b w"]) -> Float[Tensor, "*b v"]:
+        """The image head of these states, likewise."""
+        return _in_fp32(states, self.code_tables().head, self.image_head.bias)
+
+
+def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
+    twin = copy(module)
+    twin._parameters = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    return twin
+
+
+def _in_fp32(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    with torch.autocast(states.device.type, enabled=False):
+        return F.linear(states.float(), weight.float(), bias.float())
 
 
 def matrix_flops(config: PriorConfig, words: int = 0) -> int:

@@ -114,7 +114,7 @@ def prepare(options: Options, codes: Codes, *, preset: str, data: str) -> Sessio
 
     model = build(lambda: Prior(run.model), config)
     if config.image_start == "codebook":
-        with whole([model.image_tokens.weight, model.image_head.weight]):
+        with whole(model.of_codes()):
             model.start_from(codes.vectors, config.seed)
     place(model, config)
     # A partitioned layer would otherwise stay whole until its backward pass.

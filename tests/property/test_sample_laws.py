@@ -34,7 +34,7 @@ def test_cached_logits_equal_uncached_ones(shape, prompts, pictures, seed):
     _, codes = tiny.batch(model, prompts * pictures, seed)
     with torch.no_grad():
         _, image = model(tokens.repeat_interleave(pictures, 0), codes)
-        whole = model.logits(model.image_head, image)
+        whole = model.image_logits(image)
     scale = whole.abs().max()
     cached = tiny.cached_logits(model, tokens, codes)
     torch.testing.assert_close(cached / scale, whole / scale, rtol=1e-5, atol=1e-5)

@@ -35,7 +35,7 @@ def whole(model: Prior, tokens: Tensor, codes: Tensor) -> Tensor:
     """Logits of every image slot from one forward pass, without a cache."""
     with torch.no_grad():
         repeated = tokens.repeat_interleave(len(codes) // len(tokens), 0)
-        return model.logits(model.image_head, model(repeated, codes)[1])
+        return model.image_logits(model(repeated, codes)[1])
 
 
 def rounded(model: Prior, how) -> Prior:

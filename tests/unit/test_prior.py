@@ -21,7 +21,7 @@ every_kind = pytest.mark.parametrize("kind", ["row", "column", "conv"])
 @torch.no_grad()
 def logits(model: Prior, tokens: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     text, image = model(tokens, codes)
-    return model.logits(model.text_head, text), model.logits(model.image_head, image)
+    return model.text_logits(text), model.image_logits(image)
 
 
 @every_kind
@@ -202,7 +202,7 @@ def test_logits_are_fp32_where_the_rest_is_bf16():
     tokens, codes = tiny.batch(model, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, image = model(tokens, codes)
-        found = model.logits(model.image_head, image)
+        found = model.image_logits(image)
         assert model.layers[0].mlp.up(image).dtype == torch.bfloat16
     assert found.dtype == torch.float32
     exact = image.double() @ model.image_head.weight.double().T + model.image_head.bias.double()

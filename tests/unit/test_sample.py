@@ -23,7 +23,7 @@ def test_cached_logits_equal_those_of_a_whole_forward_pass(depth, prompts, pictu
     _, codes = tiny.batch(model, prompts * pictures, seed=1)
     with torch.no_grad():
         _, image = model(tokens.repeat_interleave(pictures, 0), codes)
-        whole = model.logits(model.image_head, image)
+        whole = model.image_logits(image)
     scale = whole.abs().max()
     torch.testing.assert_close(tiny.cached_logits(model, tokens, codes) / scale, whole / scale, **CLOSE)
 

@@ -1,0 +1,59 @@
+"""What image tokens have in common: a vector each, and one MLP that reads all of them.
+
+Two codes that decode to nearly the same patch want nearly the same embedding and the same row of the head,
+which a table learns for each code by itself, from the few pictures that hold it. Here both are a sum: a row of
+a table, and what the MLP makes of the code's vector, which begins as the dVAE's. So what is learned of one
+code holds for those like it. Not the paper's; what it gains stands in docs/log.md.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from stage2_prior.activation import gelu
+from stage2_prior.config import PriorConfig
+
+WIDENING = 2  # hidden channels of the MLP for each channel of the residual stream
+AFTER_GELU = 0.65  # root mean square of x·sigmoid(1.702x) where x is N(0, 1)
+
+
+class CodeVectors(nn.Module):
+    """A part of every image token's embedding, and of its row of the head."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        hidden = WIDENING * config.width
+        self.vectors = nn.Parameter(torch.empty(config.image_vocab, config.code_channels))
+        self.up = nn.Linear(config.code_channels, hidden)
+        self.embedding = nn.Linear(hidden, config.width, bias=False)
+        self.head = nn.Linear(hidden, config.width, bias=False)
+
+    def forward(self) -> tuple[Float[Tensor, "v w"], Float[Tensor, "v w"]]:
+        """The parts of the embeddings and of the head's rows, of all codes."""
+        hidden = gelu(self.up(self.vectors))
+        return self.embedding(hidden), self.head(hidden)
+
+    def spreads(self, embedding: float, head: float) -> Iterator[tuple[Tensor, float]]:
+        """Standard deviations at the start that give the two parts those of `embedding` and `head`."""
+        hidden = AFTER_GELU * math.sqrt(self.up.out_features)
+        yield self.vectors, 1.0
+        yield self.up.weight, 1 / math.sqrt(self.up.in_features)
+        yield self.up.bias, 0.0
+        yield self.embedding.weight, embedding / hidden
+        yield self.head.weight, head / hidden
+
+    @torch.no_grad()
+    def start_from(self, vectors: Float[Tensor, "v c"]) -> None:
+        """Take the principal components of the dVAE's vectors, with a mean square of 1."""
+        placed = principal_components(vectors, self.vectors.shape[1])
+        self.vectors.copy_(placed / placed.square().mean().sqrt().clamp_min(1e-6))
+
+
+def principal_components(vectors: Float[Tensor, "v c"], n: int) -> Float[Tensor, "v n"]:
+    """Of the first n, each vector's share; 0 for those that there are not."""
+    centred = vectors - vectors.mean(0)
+    directions = torch.linalg.svd(centred, full_matrices=False).Vh[:n]
+    return nn.functional.pad(centred @ directions.t(), (0, n - len(directions)))
