@@ -37,9 +37,9 @@ def export(run: Path, out: Path) -> int:
     run = find_run(run)
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty: name a new folder")
+    dvae_config, prior_config = (read_json(run / stage / "config.json") for stage in ("dvae", "prior"))
     of_dvae = load_tensors(run / "dvae" / "weights.safetensors")
     prior = Prior.load(run / "prior").folded()  # 16 bits of sums, not sums of 16 bits
-    dvae_config, prior_config = (read_json(run / stage / "config.json") for stage in ("dvae", "prior"))
     prior_config["dvae"] = _write(out / "dvae", dvae_config, of_dvae)
     prior_config["model"] = to_json(prior.config)
     _write(out / "prior", prior_config, prior.state_dict())

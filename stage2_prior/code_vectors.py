@@ -1,8 +1,8 @@
 """What image tokens have in common: a vector each, and one MLP that reads all of them.
 
-Two codes that decode to nearly the same patch want nearly the same embedding and the same row of the head,
-which a table learns for each code by itself, from the few pictures that hold it. Here both are a sum: a row of
-a table, and what the MLP makes of the code's vector, which begins as the dVAE's. So what is learned of one
+Two codes that decode to nearly the same patch want nearly the same embedding and row of the head, which a
+table learns for each code by itself, from the few pictures that hold it. Here both are a sum: a row of a
+table, and what the MLP makes of the code's vector, which begins as the dVAE's. So what is learned of one
 code holds for those like it. Not the paper's; what it gains stands in docs/log.md.
 """
 

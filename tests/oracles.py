@@ -75,6 +75,14 @@ class Prior:
         y = self.linear(f"{name}.up", x)
         return self.linear(f"{name}.down", y / (1 + np.exp(-1.702 * y)))
 
+    def code(self, part: str, table: str, code: int) -> np.ndarray:
+        """A code's row of a table, and what the MLP of code vectors adds to it where there is one."""
+        w, row = self.weights, self.weights[table][code]
+        if not self.config.code_channels:
+            return row
+        y = self.linear("code_vectors.up", w["code_vectors.vectors"][code])
+        return row + w[f"code_vectors.{part}.weight"] @ (y / (1 + np.exp(-1.702 * y)))
+
     def inputs(self, tokens: list[int], codes: list[int]) -> np.ndarray:
         """What enters the first layer, slot by slot."""
         c, w = self.config, self.weights
@@ -88,7 +96,10 @@ class Prior:
                 entry = w["text_tokens.weight"][tokens[slot - 1]]
             rows.append(entry + w["text_positions.weight"][slot])
         for cell in range(c.grid**2):
-            entry = w["start_of_image"] if cell == 0 else w["image_tokens.weight"][codes[cell - 1]]
+            before = codes[cell - 1]
+            entry = (
+                w["start_of_image"] if cell == 0 else self.code("embedding", "image_tokens.weight", before)
+            )
             rows.append(entry + w["rows.weight"][cell // c.grid] + w["columns.weight"][cell % c.grid])
         return np.stack(rows)
 
@@ -101,7 +112,9 @@ class Prior:
             x = x + self.attention(f"{name}.attention", kind, self.norm(f"{name}.attention_norm", x))
             x = x + self.mlp(f"{name}.mlp", self.norm(f"{name}.mlp_norm", x))
         x = self.norm("norm", x)
-        return self.linear("text_head", x[: c.text_length]), self.linear("image_head", x[c.text_length :])
+        head = np.stack([self.code("head", "image_head.weight", code) for code in range(c.image_vocab)])
+        image = x[c.text_length :] @ head.T + self.weights["image_head.bias"]
+        return self.linear("text_head", x[: c.text_length]), image
 
     def draw(
         self,

@@ -98,12 +98,14 @@ def write_dvae(run: Path, seed: int = 0, **shape: Any) -> DVAE:
     return model
 
 
-def write_run(run: Path, seed: int = 0, captions: Iterable[str] | None = None, text_length: int = 9) -> Path:
+def write_run(
+    run: Path, seed: int = 0, captions: Iterable[str] | None = None, text_length: int = 9, **shape: Any
+) -> Path:
     """A run folder that can draw, without training and without states."""
     write_dvae(run, seed)
     words = tokenizer() if captions is None else Tokenizer.train(captions, 400)
     words.save(run / "prior" / "tokenizer.json")
-    model = prior(seed, text_length=text_length, text_vocab=words.vocab_size)
+    model = prior(seed, text_length=text_length, text_vocab=words.vocab_size, **shape)
     save_weights(run / "prior", model.state_dict())
     facts = {
         "format": FORMAT,

@@ -26,7 +26,7 @@ shapes = pytest.mark.parametrize(
         {"grid": 7, "depth": 3, "kernel": 5, "text_length": 3},
         {"grid": 6, "depth": 3, "kernel": 11},  # a window wider than the picture
         {"grid": 1, "depth": 2},
-        {"grid": 3, "depth": 3, "kernel": 1},
+        {"grid": 3, "depth": 3, "kernel": 1, "code_channels": 5},
     ],
 )
 

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from dalle.errors import ConfigError
 from dalle.evaluate import SPLITS, TITLES, Score, evaluate, interval
@@ -123,3 +124,15 @@ def test_an_exported_run_draws_nearly_the_same_from_half_the_bytes(run, tmp_path
         np.testing.assert_allclose(mine.numpy(), other.numpy(), rtol=1e-3, atol=1e-6)
     with pytest.raises(Exception, match="is not empty: name a new folder"):
         export(run, tmp_path / "out")
+
+
+def test_an_exported_run_has_plain_tables_of_16_bits(tmp_path):
+    """So that drawing may keep them in 16 bits: sums of two 16-bit numbers would not fit."""
+    from dalle.builtin import export
+
+    run = tiny.write_run(tmp_path / "run", code_channels=5)
+    export(run, tmp_path / "out")
+    ours, theirs = (TextToImage.load(folder, precision="fp32").prior for folder in (run, tmp_path / "out"))
+    assert (ours.config.code_channels, theirs.config.code_channels) == (5, 0)
+    table = ours.code_tables().head
+    assert torch.equal(theirs.image_head.weight, table.half().float())

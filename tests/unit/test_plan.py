@@ -57,8 +57,9 @@ def test_the_papers_run():
     assert run.days == pytest.approx(training.steps * run.step_seconds / 86_400)
 
 
-def test_parameters_and_flops_are_those_of_the_model():
-    config = PriorConfig(**PRIOR_SHAPE)
+@pytest.mark.parametrize("channels", [0, 5])
+def test_parameters_and_flops_are_those_of_the_model(channels):
+    config = PriorConfig(**PRIOR_SHAPE, code_channels=channels)
     model = Prior(config)
     matrices, rest = parameters(config)
     assert matrices == sum(model.get_parameter(name).numel() for name in model.matrices())

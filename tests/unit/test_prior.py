@@ -37,9 +37,9 @@ def test_attention_equals_loops_over_heads_and_slots(kind):
     torch.testing.assert_close(layer(x).double(), torch.from_numpy(np.stack(expected)), **CLOSE)
 
 
-@pytest.mark.parametrize(("depth", "grid"), [(1, 4), (3, 2), (7, 3)])
-def test_the_whole_forward_equals_the_oracle(depth, grid):
-    model = tiny.prior(depth=depth, grid=grid)
+@pytest.mark.parametrize(("depth", "grid", "channels"), [(1, 4, 0), (3, 2, 5), (7, 3, 0)])
+def test_the_whole_forward_equals_the_oracle(depth, grid, channels):
+    model = tiny.prior(depth=depth, grid=grid, code_channels=channels)
     tokens, codes = tiny.batch(model, 3)
     for given, *found in zip(tokens, codes, *logits(model, tokens, codes), strict=True):
         expected = oracles.Prior(model).logits(oracles.numbers(given), oracles.numbers(found.pop(0)))
@@ -263,6 +263,64 @@ def test_codes_that_decode_alike_begin_alike(channels):
         torch.testing.assert_close(found / found.mean(), expected / expected.mean(), rtol=0, atol=0.05)
     assert model.image_tokens.weight.std().item() == pytest.approx(math.sqrt(0.125 / 12), rel=0.05)
     assert model.image_head.weight.std().item() == pytest.approx(0.1 / math.sqrt(12), rel=0.05)
+
+
+@pytest.mark.parametrize("channels", [5, 40])
+def test_code_vectors_begin_as_the_dvaes(channels):
+    """With the distances between them, as far as there are channels; the tables then follow."""
+    torch.manual_seed(0)
+    shape = tiny.PRIOR_SHAPE | {"width": 48, "image_vocab": 200}
+    model = Prior(PriorConfig(**shape, code_channels=8))
+    vectors = torch.randn(200, channels) * 0.5 ** torch.arange(channels)
+    vectors[1] = vectors[0]
+    model.start_from(vectors, seed=0)
+    placed = model.code_vectors.vectors.detach()
+    assert placed.square().mean().item() == pytest.approx(1, rel=1e-4)
+    expected, found = torch.cdist(vectors, vectors), torch.cdist(placed, placed)
+    torch.testing.assert_close(found / found.mean(), expected / expected.mean(), rtol=0, atol=0.02)
+    tables = model.code_tables()
+    assert tables.embedding.std().item() == pytest.approx(math.sqrt(0.125 / 48), rel=0.3)
+    assert tables.head.std().item() == pytest.approx(0.1 / math.sqrt(48), rel=0.3)
+    for table in tables:
+        assert torch.equal(table[0], table[1])
+        assert not torch.allclose(table[0], table[2], atol=1e-4)
+
+
+def test_without_a_start_code_vectors_leave_the_image_head_at_zero():
+    model = Prior(PriorConfig(**tiny.PRIOR_SHAPE, code_channels=5))
+    assert not model.code_tables().head.any()
+    assert model.code_tables().embedding.any()
+
+
+def test_what_one_code_learns_moves_those_like_it():
+    torch.manual_seed(0)
+    model = Prior(PriorConfig(**tiny.PRIOR_SHAPE, code_channels=5))
+    vectors = torch.randn(13, 5)
+    vectors[1] = vectors[0]
+    model.start_from(vectors, seed=0)
+    grad = torch.autograd.grad(model.code_tables().head[0].sum(), model.code_vectors.head.weight)[0]
+    before = model.code_tables().head.detach()
+    with torch.no_grad():
+        model.code_vectors.head.weight.add_(grad)
+    moved = (model.code_tables().head.detach() - before).mean(1)
+    assert moved[1] == moved[0]
+    assert moved[0] > 0
+
+
+def test_a_folded_prior_is_the_same_with_plain_tables():
+    model = tiny.prior(code_channels=5)
+    folded = model.folded()
+    assert folded.config.code_channels == 0
+    assert not any(name.startswith("code_vectors") for name in folded.state_dict())
+    tokens, codes = tiny.batch(model, 3)
+    for ours, theirs in zip(logits(folded, tokens, codes), logits(model, tokens, codes), strict=True):
+        assert torch.equal(ours, theirs)
+    assert model.config.code_channels == 5
+    plain = tiny.prior()
+    assert plain.folded() is plain
+    assert {n: p.shape for n, p in folded.state_dict().items()} == {
+        n: p.shape for n, p in plain.state_dict().items()
+    }
 
 
 def test_the_mlps_gradient_is_the_derivative_of_its_values():

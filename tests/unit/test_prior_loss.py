@@ -87,8 +87,9 @@ def test_cross_entropy_a_few_rows_at_a_time_is_torchs(rows, held, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_on_threads_losses_and_gradients_are_those_of_the_whole_batch():
-    model = tiny.prior(grid=2)
+@pytest.mark.parametrize("channels", [0, 5])
+def test_on_threads_losses_and_gradients_are_those_of_the_whole_batch(channels):
+    model = tiny.prior(grid=2, code_channels=channels)
     tokens, codes = tiny.batch(model, 4)  # captions of 0, 2, 4 and 6 words: no two halves have as many
     parameters = [*model.parameters()]
 
