@@ -17,6 +17,7 @@ from dalle.engine import Engine
 from dalle.forecast import memory
 from dalle.optim import AdamW, Average
 from dalle.packed import PackedAdamW
+from dalle.scaling import Scaling
 from stage2_prior.config import PriorConfig
 from stage2_prior.loss import AT_ONCE, losses
 from stage2_prior.model import Prior
@@ -30,13 +31,17 @@ RUNS: list[tuple[PriorConfig, int, dict[str, Any]]] = [
     (SMALL, 2, {"precision": "bf16"}),
     (WIDE, 2, {}),
     (WIDE, 2, {"moments": "16bit"}),
+    (WIDE, 2, {"precision": "fp16", "moments": "16bit"}),
+    (WIDE, 2, {"precision": "fp16", "moments": "16bit", "weights": "fp16"}),
     (WIDE, 16, {"recompute": True}),
     (DEEP, 4, {}),
     (DEEP, 2, {"recompute": True, "moments": "16bit"}),
 ]
 
 
-def train(config: PriorConfig, batch: int, recompute: bool, moments: str, precision: Any) -> None:
+def train(
+    config: PriorConfig, batch: int, recompute: bool, moments: str, precision: Any, weights: str
+) -> None:
     """Two updates, all slots of the captions filled."""
     model = Prior(config)
     model.recompute = recompute
@@ -45,9 +50,12 @@ def train(config: PriorConfig, batch: int, recompute: bool, moments: str, precis
     optimizer = (
         AdamW(model, betas=betas, weight_decay=decay)
         if moments == "fp32"
-        else PackedAdamW(model, matrices=model.matrices(), betas=betas, weight_decay=decay)
+        else PackedAdamW(
+            model, matrices=model.matrices(), halved=weights == "fp16", betas=betas, weight_decay=decay
+        )
     )
-    engine = Engine(model, optimizer, Average(model.parameters(), 0.99, 1), clip=4.0, precision=precision)
+    average, scaling = Average(model.parameters(), 0.99, 1), Scaling(model) if precision == "fp16" else None
+    engine = Engine(model, optimizer, average, clip=4.0, precision=precision, scaling=scaling)
     tokens = torch.randint(config.text_vocab, (batch, config.text_length - 1))
     codes = torch.randint(config.image_vocab, (batch, config.cells))
     for step in (1, 2):
@@ -79,9 +87,10 @@ def main() -> None:
     worst = 0.0
     one = Cluster(gpus=1, per_machine=1, memory=1e12, within=1e9, between=1e9, rate=1e12)
     for config, batch, options in RUNS:
-        o = {"recompute": False, "moments": "fp32", "precision": "fp32", **options}
-        run = (o["recompute"], o["moments"], o["precision"])
-        choice = Choice(0, o["moments"], o["recompute"], batch)
+        plain = {"recompute": False, "moments": "fp32", "precision": "fp32", "weights": "fp32"}
+        o: dict[str, Any] = plain | options
+        run = (o["recompute"], o["moments"], o["precision"], o["weights"])
+        choice = Choice(0, o["moments"], o["recompute"], batch, weights=o["weights"])
         predicted, found = memory(config, choice, one, o["precision"]).total, measured(config, batch, *run)
         worst = max(worst, abs(predicted / found - 1))
         told = ", ".join(f"{name}={value}" for name, value in options.items()) or "as it is"

@@ -9,7 +9,7 @@ The identity path and its gradient are fp32; so are gains and biases, with their
 into the branch through a boundary of their own, which takes the scale off their gradients: an optimizer, or
 an engine that shards them, only ever meets plain fp32 gradients. To filter is to replace what is not finite
 by 0, so that an overflow stays in its resblock; parameter gradients are not filtered, for they tell of it
-(`dalle.scaling`).
+(`dalle.scaling`). A weight that is itself fp16 has its gradient gathered in fp32 as `main_grad`.
 
 Without a boundary (fp32, bf16) the layers here are torch's own.
 
@@ -57,12 +57,18 @@ class _Parameter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(scale)
+        ctx.half = p if p.dtype == torch.float16 else None
         return p.to(dtype) if p.dtype != dtype else p.view_as(p)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         (grad,), (scale,) = grads, ctx.saved_tensors
-        return grad.float() / scale, None, None
+        plain = grad.float() / scale
+        if ctx.half is None:
+            return plain, None, None
+        gathered = getattr(ctx.half, "main_grad", None)  # autograd would round it to fp16, without a scale
+        ctx.half.main_grad = plain if gathered is None else gathered.add_(plain)
+        return None, None, None
 
 
 def _filter(grad: Tensor) -> Tensor:
@@ -95,7 +101,10 @@ class Boundary:
 
 
 class Linear(nn.Linear):
-    """torch's, which inside a boundary multiplies in 16 bits and keeps its bias in fp32."""
+    """torch's, which inside a boundary multiplies in 16 bits and keeps its bias in fp32.
+
+    The weight may be held in fp16.
+    """
 
     boundary: Boundary | None = None
 
@@ -103,7 +112,7 @@ class Linear(nn.Linear):
         """Outside of a boundary, input · weightᵀ + bias as torch has it."""
         inside = self.boundary
         if inside is None:
-            return super().forward(input)
+            return F.linear(input, self.weight.to(input.dtype), self.bias)
         product = F.linear(input, inside.parameter(self.weight, inside.dtype))
         return (product + inside.parameter(self.bias, torch.float32)).to(inside.dtype)
 

@@ -53,6 +53,7 @@ class Choice:
     offload: bool = False
     rank: int = 0  # total rank of the gradients between machines; 0: not compressed
     muon: bool = False  # matrices have one moment, in fp32
+    weights: str = "fp32"  # of the matrices, where each GPU holds the whole model
 
     def options(self, other: "Choice") -> str:
         """What changes from `other` to this, as one would type it."""

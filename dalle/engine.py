@@ -17,7 +17,7 @@ from dalle.distributed import ALONE, Part, Topology
 from dalle.errors import DalleError
 from dalle.muon import Muon
 from dalle.optim import AdamW, Average, full_shape
-from dalle.piece import Piece
+from dalle.piece import Piece, gradient_of
 from dalle.powersgd import PowerSGD
 from dalle.precision import Arithmetic, arithmetic
 from dalle.scaling import REST, Scaling
@@ -86,7 +86,7 @@ class Engine:
 
     def pieces(self) -> list[Piece]:
         """The gradient of an update, in fp32, between its last `backward` and `update`."""
-        return [Piece(n, p, p.grad, 0) for n, p in self.named.items() if p.grad is not None]
+        return [Piece(n, p, g, 0) for n, p in self.named.items() if (g := gradient_of(p)) is not None]
 
     def update(self, lr: float, step: int) -> dict[str, float]:
         """Apply the gathered gradient as update number `step` (counted from 1).
@@ -111,6 +111,7 @@ class Engine:
             self.dropped = 0
             if self.clip is not None:
                 torch._foreach_mul_(gradients, min(1.0, self.clip / (grad_norm + 1e-6)))
+            self.optimizer.number = step
             self.optimizer.grad_norm = grad_norm if self.clip is None else min(grad_norm, self.clip)
             if self.muon is not None:
                 self.muon.turn(pieces)

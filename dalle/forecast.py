@@ -52,15 +52,17 @@ def memory(
         else [shards if stage >= 3 else 1, shards if stage >= 2 else 1, shards, shards]
     )
     of_weights, of_gradients, of_moments, of_average = share
-    held = held or footprint(model, choice.micro_batch, choice.recompute, precision)
+    halved = choice.weights == "fp16" and stage == 0
+    held = held or footprint(model, choice.micro_batch, choice.recompute, precision, halved=halved)
     activations = held.partitioned if stage >= 2 else held.whole - 4 * n
     errors = 2.0 * matrices / shards if choice.rank else 0.0
     on_gpu = not (choice.offload and stage)
-    halved = choice.moments == "16bit" or choice.muon
+    four = choice.moments == "16bit" or choice.muon  # bytes of the moments of a matrix
     return Memory(
-        weights=4 * n / of_weights + (4 * n / of_moments if stage and on_gpu else 0),
+        weights=(2 * matrices + 4 * rest if halved else 4 * n) / of_weights
+        + (4 * n / of_moments if stage and on_gpu else 0),
         gradients=4 * n / of_gradients,
-        moments=(4 * matrices + 8 * rest if halved else 8 * n) / of_moments if on_gpu else 0.0,
+        moments=(4 * matrices + 8 * rest if four else 8 * n) / of_moments if on_gpu else 0.0,
         average=4 * n / of_average if on_gpu else 0.0,
         errors=errors,
         activations=float(max(0, activations)),

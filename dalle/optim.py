@@ -45,13 +45,14 @@ class AdamW(torch.optim.AdamW):
         # The step size is written into the groups before every update (see `Engine.update`).
         super().__init__(groups, lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=True)
         self.variance_limit, self.grad_norm, self.skip = variance_limit, math.inf, False
+        self.number = 0
         self.names = {id(p): n for n, p in named}
         self.packed: frozenset[str] = frozenset()  # names of parameters with 16-bit moments
         self.plain = frozenset(plain)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update; `grad_norm` must be the norm of the gradient that it applies.
+        """Update `number`; `grad_norm` must be the norm of the gradient that it applies.
 
         With `skip` it leaves weights, moments and counts as they are.
         """

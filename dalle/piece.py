@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -16,3 +17,10 @@ class Piece(NamedTuple):
     parameter: nn.Parameter
     grad: Tensor
     offset: int
+
+
+def gradient_of(parameter: Tensor) -> Tensor | None:
+    """Its gradient in fp32, which autograd keeps for all but parameters in fp16: see `dalle.boundary`."""
+    if parameter.dtype == torch.float16:
+        return getattr(parameter, "main_grad", None)
+    return parameter.grad

@@ -79,7 +79,7 @@ def _changes(choice: Choice, cluster: Cluster) -> Iterator[Choice]:
     offload = {choice.offload, cluster.gpus > 1}
     ranks = {choice.rank, 0} if cluster.machines > 1 else {choice.rank}
     for each in itertools.product(stages, moments, recompute, batches, offload, ranks):
-        if (other := Choice(*each, muon=choice.muon)) != choice:
+        if (other := Choice(*each, muon=choice.muon, weights=choice.weights)) != choice:
             yield other
 
 
@@ -160,7 +160,7 @@ def make_plan(
         rank = paper_rank(model.width) if cluster.machines > 1 else 0
     choice = Choice(
         zero if zero is not None else 3, training.moments, training.recompute, micro, rank=rank,
-        muon=training.optimizer == "muon",
+        muon=training.optimizer == "muon", weights=training.weights,
     )  # fmt: skip
     stages = {s: memory(model, replace(choice, stage=s), cluster, precision) for s in range(4)}
     if cluster.gpus == 1:

@@ -118,6 +118,11 @@ class LargeTraining(Training):
         "AdamW's moments of the resblocks' matrices: fp32, or 1-6-9 and 0-6-10 in half the memory",
         paper="16 bit (App. D)",
     )
+    weights: Literal["fp32", "fp16"] = setting(
+        "fp32",
+        "the resblocks' matrices: fp32, or fp16 rounded at random (with moments=16bit 2+2+2 bytes, zero=0)",
+        paper="fp16 (App. D)",
+    )
     compression_rank: int = setting(
         0,
         "total rank of the gradients that machines exchange (PowerSGD); 0: in full",
@@ -142,6 +147,11 @@ class LargeTraining(Training):
             raise ConfigError(f"muon_lr={self.muon_lr} must be above 0")
         if self.optimizer == "muon" and self.moments != "fp32":
             raise ConfigError("optimizer=muon has no variances to pack: leave moments=fp32")
+        if self.weights == "fp16" and (self.moments != "16bit" or self.precision != "fp16"):
+            raise ConfigError(
+                "weights=fp16 leaves no fp32 weights to compute with or to update: "
+                "it needs precision=fp16 and moments=16bit"
+            )
 
 
 SETTLED = 10  # updates after which the time left is worth saying

@@ -115,7 +115,12 @@ def make_engine(
     muon: Muon | None = None
     adamw: Callable[..., AdamW] = AdamW
     if isinstance(config, LargeTraining) and config.moments == "16bit":
-        adamw = partial(PackedAdamW, matrices=matrices)
+        if config.weights == "fp16" and not whole:
+            raise ConfigError(
+                f"weights=fp16 needs the whole model in each process (--zero 0): at stage {config.zero} "
+                f"DeepSpeed holds fp32 weights, shared out among {here.world} processes"
+            )
+        adamw = partial(PackedAdamW, matrices=matrices, halved=config.weights == "fp16")
     if isinstance(config, LargeTraining) and config.optimizer == "muon":
         ratio, named = config.muon_lr / config.lr, dict(model.named_parameters())
         adamw = partial(AdamW, plain=matrices, plain_decay=ratio * config.weight_decay)

@@ -98,16 +98,18 @@ def footprint(
     recompute: bool,
     precision: Arithmetic = "fp32",
     attention: Backend = "auto",
+    halved: bool = False,
 ) -> Footprint:
     """Of one forward and backward pass over `batch` pictures whose captions fill all text slots.
 
     Logits are made as on a GPU. `auto` is taken for the block form, which holds most: it keeps what its
-    queries attend to. FlexAttention keeps what the dense form does.
+    queries attend to. FlexAttention keeps what the dense form does. With `halved` the
+    resblocks' matrices are fp16.
     """
     if config.depth <= DEEP:
-        return _try(config, batch, recompute, precision, attention)
+        return _try(config, batch, recompute, precision, attention, halved)
     few, more = (
-        _try(replace(config, depth=depth), batch, recompute, precision, attention)
+        _try(replace(config, depth=depth), batch, recompute, precision, attention, halved)
         for depth in (SHALLOW, DEEP)
     )
     layers = (config.depth - DEEP) / (DEEP - SHALLOW)
@@ -118,7 +120,12 @@ def footprint(
 
 
 def _try(
-    config: PriorConfig, batch: int, recompute: bool, precision: Arithmetic, attention: Backend = "auto"
+    config: PriorConfig,
+    batch: int,
+    recompute: bool,
+    precision: Arithmetic,
+    attention: Backend = "auto",
+    halved: bool = False,
 ) -> Footprint:
     with torch.device("meta"):
         model = Prior(config)
@@ -130,6 +137,9 @@ def _try(
             boundary = Boundary(torch.ones(()), torch.float16)
             for module in itertools.chain(*model.resblocks().values()):
                 enclose(module, boundary)
+        for name in model.matrices() if halved else ():
+            p = model.get_parameter(name)
+            p.data = p.data.half()
         tokens = torch.zeros(batch, config.text_length - 1, dtype=torch.long)
         codes = torch.zeros(batch, config.cells, dtype=torch.long)
         with _Held([*model.parameters(), tokens, codes]) as held, _Fused():

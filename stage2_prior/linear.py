@@ -52,12 +52,12 @@ def fastest(linears: Sequence[nn.Linear], weights: Weights, rows: int) -> list[F
     candidates: list[list[Fast]] = []
     for form in _forms(weights, device):
         with suppress(RuntimeError, NotImplementedError, AttributeError):  # not on this machine
-            candidate = [form(x.weight.detach(), x.bias.detach(), rows) for x in linears]
-            candidate[0](linears[0].weight.new_zeros(rows, linears[0].in_features))
+            candidate = [form(x.weight.detach().float(), x.bias.detach(), rows) for x in linears]
+            candidate[0](torch.zeros(rows, linears[0].in_features, device=device))
             candidates.append(candidate)
     if len(candidates) == 1:
         return candidates[0]
-    x = linears[0].weight.new_zeros(rows, linears[0].in_features)
+    x = torch.zeros(rows, linears[0].in_features, device=device)
     seconds = [float("inf")] * len(candidates)
     for _ in range(ROUNDS):
         for i, candidate in enumerate(candidates):

@@ -1,4 +1,4 @@
-"""Training with AdamW's moments in 16 bits, as a user runs it."""
+"""Training with AdamW's moments, and then the weights too, in 16 bits, as a user runs it."""
 
 import shutil
 
@@ -50,3 +50,36 @@ def test_a_run_keeps_the_kind_of_its_moments(dalle, tmp_path):
     done = dalle(*prior(tmp_path, *options(moments="16bit"), steps=4))
     assert done.code == 2
     assert "moments=fp32, not 16bit" in done.err
+
+
+def test_a_run_with_weights_in_fp16_follows_the_fp32_one_and_goes_on_bit_exactly(dalle, tmp_path):
+    straight, halved, full = (tmp_path / name for name in ("straight", "halved", "full"))
+    assert dalle(*dvae(straight)).code == 0
+    for other in (halved, full):
+        shutil.copytree(straight / "dvae", other / "dvae")
+    fp16 = options(precision="fp16", warmup=1, lr_end=2e-3)
+    for run, steps in ((straight, 8), (halved, 4), (halved, 8)):
+        done = dalle(*prior(run, *PACKED, *fp16, "--set", "weights=fp16", steps=steps))
+        assert done.code == 0, done.err
+    done = dalle(*prior(full, *PACKED, *fp16, steps=8))
+    assert done.code == 0, done.err
+
+    last = "prior/state/step-00000008"
+    state = State(straight / last)
+    kinds = {name: state.read("weights", name).dtype for name in state.names("weights")}
+    assert kinds["layers.0.mlp.up.weight"] == torch.float16
+    assert kinds["layers.0.mlp.up.bias"] == kinds["image_head.weight"] == torch.float32
+    for name in ("weights.safetensors", "moments.safetensors", "average.safetensors"):
+        assert (straight / last / name).read_bytes() == (halved / last / name).read_bytes()
+    for a, b in zip(losses(straight), losses(full), strict=True):
+        assert abs(a - b) < 5e-3 * b
+    assert losses(straight) != losses(full)
+    done = dalle("sample", "a red circle", "--run", straight)
+    assert done.code == 0, done.err
+
+
+def test_weights_in_fp16_ask_for_all_that_they_need(dalle, tmp_path):
+    assert dalle(*dvae(tmp_path)).code == 0
+    done = dalle(*prior(tmp_path, *options(optimizer="adamw", weights="fp16", moments="16bit")))
+    assert done.code == 2
+    assert "weights=fp16 leaves no fp32 weights" in done.err.splitlines()[-1]

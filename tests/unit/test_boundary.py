@@ -188,3 +188,31 @@ def test_drawing_is_the_same_within_boundaries_and_leaves_them_be():
 def test_a_layer_that_knows_no_boundary_is_refused():
     with pytest.raises(TypeError, match="1 is a Linear, which knows no boundary"):
         enclose(nn.Sequential(Linear(2, 2), nn.Linear(2, 2)), boundary(10))
+
+
+def test_a_weight_in_fp16_has_its_gradient_gathered_in_fp32():
+    """What it would be for the same weight in fp32, far below the least that fp16 holds."""
+    full, half = Resblock(boundary(24)), Resblock(boundary(24))
+    for model in (full, half):
+        for linear in (model.branch.up, model.branch.down):
+            linear.weight.data = linear.weight.data.half().to(linear.weight.dtype)
+    for linear in (half.branch.up, half.branch.down):
+        linear.weight.data = linear.weight.data.half()
+    x, slope = inputs(5), torch.full((5, WIDTH), TINY)
+    for _ in range(2):
+        for model in (full, half):
+            model(x).backward(slope)
+    for name in ("up", "down"):
+        expected, weight = getattr(full.branch, name).weight.grad, getattr(half.branch, name).weight
+        assert weight.grad is None
+        assert weight.main_grad.dtype == torch.float32
+        assert torch.equal(weight.main_grad, expected)
+        assert expected.abs().max() < 2.0**-24
+    assert torch.equal(half.branch.up.bias.grad, full.branch.up.bias.grad)
+
+
+def test_outside_of_a_boundary_a_weight_in_fp16_is_its_value_in_fp32():
+    linear = Linear(WIDTH, WIDTH)
+    linear.weight.data = linear.weight.data.half()
+    x = inputs(5)
+    assert torch.equal(linear(x), F.linear(x, linear.weight.float(), linear.bias))

@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from dalle.minifloat import SIGNED, UNSIGNED
 from dalle.optim import AdamW
-from dalle.packed import CHUNK, SMALL, PackedAdamW
+from dalle.packed import CHUNK, SMALL, PackedAdamW, rounded_at_random
 
 BETAS, DECAY = (0.9, 0.96), 4.5e-2
 ROWS = CHUNK // 512 + 3  # more than one chunk, and a part of one
@@ -19,9 +20,9 @@ def net(seed=0):
     return nn.Sequential(nn.Linear(512, ROWS), nn.LayerNorm(ROWS), nn.Linear(ROWS, 3), nn.Linear(3, 3))
 
 
-def optimizer(model, matrices=("0.weight", "2.weight"), limit=None):
+def optimizer(model, matrices=("0.weight", "2.weight"), limit=None, halved=False):
     return PackedAdamW(
-        model, matrices=matrices, betas=BETAS, weight_decay=DECAY, variance_limit=limit
+        model, matrices=matrices, betas=BETAS, weight_decay=DECAY, variance_limit=limit, halved=halved
     )  # fmt: skip
 
 
@@ -34,9 +35,10 @@ def gradients(model, seed, norm=1.0):
 
 def step(model, each, grads, lr=1e-2):
     for name, p in model.named_parameters():
-        p.grad = grads[name].clone()
+        setattr(p, "main_grad" if p.dtype == torch.float16 else "grad", grads[name].clone())
     for group in each.param_groups:
         group["lr"] = lr
+    each.number += 1
     each.grad_norm = math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
     each.step()
     each.zero_grad()
@@ -148,3 +150,84 @@ def test_small_gradients_survive_where_fp16_would_lose_them(scale):
         step(packed, a, grads)
         step(plain, b, grads)
     torch.testing.assert_close(packed[0].weight, plain[0].weight, rtol=0, atol=5 * 1e-2 * 2e-3)
+
+
+def noise(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_what_fp16_has_is_never_rounded_away():
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.float16)
+    every = every[every.isfinite()]
+    for seed in range(5):
+        assert torch.equal(rounded_at_random(every.float(), noise(seed)), every)
+
+
+def test_rounding_takes_one_of_the_two_neighbours_and_is_right_on_average():
+    values = torch.cat([
+        torch.randn(300, generator=noise()) * 10.0 ** torch.randint(-9, 4, (300,), generator=noise(1)),
+        torch.tensor([0.0, 1e-9, -3e-8, 2.0**-14, 0.1, 1 / 3, 65472.0]),
+    ])  # fmt: skip
+    exact = values.double().numpy()
+    near = exact.astype(np.float16)
+    low = np.where(near.astype(np.float64) <= exact, near, np.nextafter(near, np.float16(-np.inf)))
+    high = np.where(near.astype(np.float64) >= exact, near, np.nextafter(near, np.float16(np.inf)))
+    draws = 4000
+    taken = rounded_at_random(values.repeat(draws, 1), noise(2)).numpy()
+    assert ((taken == low) | (taken == high)).all()
+    gap = high.astype(np.float64) - low.astype(np.float64)
+    error = np.abs(taken.astype(np.float64).mean(0) - exact)
+    assert (error <= 5 * gap / 2 / math.sqrt(draws) + gap / 2**12).all()
+
+
+def test_halved_matrices_take_two_bytes_and_their_moments_four():
+    model = net()
+    each = optimizer(model, halved=True)
+    step(model, each, gradients(model, 0))
+    weight, small = model[0].weight, model[2].weight
+    assert (weight.dtype, small.dtype, model[0].bias.dtype) == (torch.float16, torch.float32, torch.float32)
+    held = [weight, *(each.state[weight][kind] for kind in ("exp_avg", "exp_avg_sq"))]
+    assert sum(each.nbytes for each in held) == 6 * weight.numel()
+    assert weight.main_grad is None
+
+
+def test_a_halved_matrix_follows_the_one_in_fp32():
+    halved, full = net(), net()
+    a, b = optimizer(halved, halved=True), optimizer(full)
+    for t in range(20):
+        step(halved, a, gradients(halved, t))
+        step(full, b, gradients(full, t))
+    away = (halved[0].weight.detach().float() - full[0].weight.detach()).abs()
+    spacing = full[0].weight.detach().abs().clamp_min(2.0**-14) * 2.0**-10
+    assert (away / spacing).mean() < math.sqrt(20)  # a random walk of twenty roundings
+    assert (away / spacing).mean() > 0.1
+
+
+def test_updates_far_smaller_than_fp16s_spacing_are_not_lost():
+    """Steps of 2⁻¹⁶ at weights of 1/4, of which the neighbours in fp16 are 2⁻¹² away."""
+    model = net()
+    model[0].weight.data.fill_(0.25)
+    each = optimizer(model, halved=True)
+    grads = {n: torch.ones_like(p, dtype=torch.float32) for n, p in model.named_parameters()}
+    for _ in range(64):
+        step(model, each, grads, lr=2.0**-16)
+    moved = 0.25 - model[0].weight.detach().double().mean().item()
+    assert moved == pytest.approx(64 * 2.0**-16, rel=0.05)
+
+
+def test_halved_matrices_continue_bit_exactly():
+    straight, resumed = net(), net(seed=1)
+    a, b = optimizer(straight, halved=True), optimizer(resumed, halved=True)
+    for t in range(3):
+        step(straight, a, gradients(straight, t))
+    resumed.load_state_dict(straight.state_dict())
+    b.load_moments((name, value.clone()) for name, value in a.moments().items())
+    b.number = a.number
+    for t in range(3, 6):
+        step(straight, a, gradients(straight, t))
+        step(resumed, b, gradients(resumed, t))
+    assert torch.equal(straight[0].weight, resumed[0].weight)
+    b.number += 1
+    step(straight, a, gradients(straight, 6))
+    step(resumed, b, gradients(resumed, 6))
+    assert not torch.equal(straight[0].weight, resumed[0].weight)  # the noise is that of the update's number
