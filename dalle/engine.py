@@ -120,6 +120,7 @@ class Engine:
             mendable = self.scaling is not None and overflowed and self.scaling.mendable
             if self.dropped >= (PATIENCE_WITH_SCALES if mendable else PATIENCE):
                 raise DalleError(self._diagnosis(pieces))
+        del pieces, gradients
         self._step(finite)
         self.average.update(self.weights(), step)
         told = receipt.metrics() if receipt is not None else {}

@@ -149,4 +149,9 @@ class Average:
             return
         copies = step // self.every
         decay = min(self.decay, (1 + copies) / (10 + copies))
-        torch._foreach_lerp_(self.weights, [p.detach().float() for p in parameters], 1 - decay)
+        pairs = [(average, p.detach()) for average, p in zip(self.weights, parameters, strict=True)]
+        if wide := [(average, p) for average, p in pairs if p.dtype == torch.float32]:
+            torch._foreach_lerp_([average for average, _ in wide], [p for _, p in wide], 1 - decay)
+        for average, p in pairs:
+            if p.dtype != torch.float32:  # never all of them in fp32 at a time
+                average.lerp_(p.float(), 1 - decay)

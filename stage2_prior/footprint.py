@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dalle.boundary import Boundary, enclose
+from dalle.piece import gradient_of
 from dalle.precision import Arithmetic, arithmetic
 from stage2_prior.code_vectors import WIDENING
 from stage2_prior.config import Backend, PriorConfig
@@ -56,8 +57,9 @@ class _Held(TorchDispatchMode):
 
     def leaves(self, parameter: Tensor) -> None:
         """The gradient of this parameter is complete."""
-        assert parameter.grad is not None
-        self.gradients += parameter.grad.nbytes
+        gradient = gradient_of(parameter)
+        assert gradient is not None
+        self.gradients += gradient.nbytes
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
