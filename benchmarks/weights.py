@@ -1,0 +1,81 @@
+"""A prior with matrices in fp32, in fp16 rounded at random, and in fp16 rounded to the nearest.
+
+    python -m benchmarks.weights docs/weights.svg
+
+All else is the same in the three: the data of `benchmarks.compression`, 16-bit moments, products in fp32, so
+that the loss tells of nothing but the rounding of updates. The step size falls to a thirty-second, as in the
+paper: it is the small updates at the end that rounding to the nearest loses.
+"""
+
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.compression import BATCH, FOLDED, PICTURES, WORDS, write_data
+from dalle import packed
+from dalle.chart import curves, svg
+from dalle.engine import Engine
+from dalle.optim import Average
+from dalle.scaling import Scaling
+from dalle.schedules import cosine, warmup
+from dalle.training import keyed
+from stage2_prior.config import PriorConfig
+from stage2_prior.loss import losses
+from stage2_prior.model import Prior
+
+STEPS, WARM, LR, LAST = 600, 30, 5e-4, 50
+SHAPE = PriorConfig(text_length=20, text_vocab=WORDS, image_vocab=FOLDED, grid=9, depth=4, width=128, heads=4)
+AT_RANDOM = packed.rounded_at_random
+RUNS = {
+    "fp32": (False, AT_RANDOM),
+    "fp16, at random": (True, AT_RANDOM),
+    "fp16, to the nearest": (True, lambda values, noise: values.half()),
+}
+
+
+def train(data: dict[str, torch.Tensor], halved: bool) -> list[float]:
+    """The loss of every update."""
+    torch.manual_seed(0)
+    model = Prior(SHAPE)
+    optimizer = packed.PackedAdamW(
+        model, matrices=model.matrices(), halved=halved, betas=(0.9, 0.96), weight_decay=0.045
+    )
+    scaling = Scaling(model, dtype=torch.float32)
+    average = Average(model.parameters(), 0.99, 25)
+    engine = Engine(model, optimizer, average, clip=4.0, precision="fp32", scaling=scaling)
+    found = []
+    for step in range(STEPS):
+        mine = torch.randint(PICTURES, (BATCH,), generator=keyed(torch.device("cpu"), 1, step))
+        text, image = engine.run(losses, model, data["tokens"][mine], data["codes"][mine])
+        loss = text / 8 + image * 7 / 8
+        engine.backward(loss, 1)
+        engine.update(warmup(step, WARM) * cosine(step, STEPS, LR, LR / 32), step + 1)
+        found.append(loss.item())
+    return found
+
+
+def main(out: Path) -> None:
+    """Train all, draw, print."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(Path(folder) / "data.pt")
+        data = torch.load(Path(folder) / "data.pt")
+    found = {}
+    for name, (halved, packed.rounded_at_random) in RUNS.items():
+        found[name] = train(data, halved)
+        last = statistics.mean(found[name][-LAST:])
+        print(
+            f"| {name} | {last:.4f} | {last / statistics.mean(found['fp32'][-LAST:]) - 1:+.2%} |", flush=True
+        )
+    means = {
+        name: [(i, statistics.mean(values[i - LAST : i])) for i in range(LAST, STEPS + 1)]
+        for name, values in found.items()
+    }
+    title = f"Training loss (means of {LAST} updates)"
+    out.write_text(svg(curves(means), title, width=560, height=260), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
