@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dalle.buckets import Buckets
 from dalle.distributed import ALONE, Part, Topology
 from dalle.errors import DalleError
 from dalle.muon import Muon
@@ -27,7 +28,6 @@ R = TypeVar("R")
 PATIENCE = 20  # updates in a row that may be dropped for a non-finite gradient before the run stops
 PATIENCE_WITH_SCALES = 4 * REST  # the same while the gradient scales can still shrink: to a quarter by then
 MOMENTUM = "/momentum"  # after the name of a parameter, in training states
-BUCKET = 25 * 2**20  # gradients are averaged so many bytes at a time
 
 
 @runtime_checkable
@@ -70,6 +70,8 @@ class Engine:
         self.parameters: list[Tensor] = list(self.named.values())
         self.device = self.parameters[0].device
         self.dropped = 0  # updates dropped in a row
+        self.passes = 0  # backward passes since the last update
+        self.buckets = self._make_buckets()
 
     def arithmetic(self) -> AbstractContextManager[object]:
         """The context for forward passes."""
@@ -82,6 +84,9 @@ class Engine:
 
     def backward(self, loss: Tensor, micro_batches: int) -> None:
         """Add the gradient of one of `micro_batches` micro-batches; their losses are averaged."""
+        self.passes += 1
+        if self.buckets is not None and self.passes == micro_batches:
+            self.buckets.expect()
         (loss / micro_batches).backward()
 
     def pieces(self) -> list[Piece]:
@@ -100,7 +105,9 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self._average_gradients()
+        if self.buckets is not None:
+            self.buckets.finish()
+        self.passes = 0
         pieces = self.pieces()
         gradients = [piece.grad for piece in pieces]
         overflowed = self.scaling is not None and self.scaling.update((p.name, p.grad) for p in pieces)
@@ -130,23 +137,10 @@ class Engine:
         """What this process holds of the weights, in fp32."""
         return self.parameters
 
-    def _average_gradients(self) -> None:
-        if self.topology.world == 1 or (size := dist.get_world_size(self.topology.shards)) == 1:
-            return
-        gradients = [piece.grad for piece in self.pieces()]
-        buckets: list[list[Tensor]] = [[]]
-        for gradient in gradients:
-            if sum(g.nbytes for g in buckets[-1]) + gradient.nbytes > BUCKET and buckets[-1]:
-                buckets.append([])
-            buckets[-1].append(gradient)
-        under_way = []
-        for bucket in buckets:
-            flat = torch.cat([g.flatten() for g in bucket]) / size
-            under_way.append((bucket, flat, dist.all_reduce(flat, group=self.topology.shards, async_op=True)))
-        for bucket, flat, handle in under_way:
-            handle.wait()
-            parts = flat.split([g.numel() for g in bucket])
-            torch._foreach_copy_(bucket, [part.view(g.shape) for part, g in zip(parts, bucket, strict=True)])
+    def _make_buckets(self) -> Buckets | None:
+        if self.topology.world == 1 or dist.get_world_size(self.topology.shards) == 1:
+            return None
+        return Buckets(self.parameters, self.topology.shards)
 
     def _norm(self, gradients: list[Tensor]) -> float:
         return torch.nn.utils.get_total_norm(gradients).item()

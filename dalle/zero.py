@@ -267,8 +267,8 @@ class ZeroEngine(Engine):
         """See `Engine.weights`."""
         return self.flats
 
-    def _average_gradients(self) -> None:
-        """DeepSpeed has averaged them."""
+    def _make_buckets(self) -> None:
+        """DeepSpeed averages them, on CUDA during the backward pass."""
 
     def _norm(self, gradients: list[Tensor]) -> float:
         squares = torch.zeros((), device=self.device)

@@ -1,0 +1,84 @@
+"""Gradients averaged under the backward pass: the same values, sent while the pass goes on."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dalle.buckets import Buckets
+from tests.distributed.machines import on_machines
+
+pytestmark = pytest.mark.distributed
+
+WORLD, LAYERS, PASSES = 2, 4, 3
+ONE_LAYER = 4 * (6 * 6 + 6)  # bytes
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(6, 6) for _ in range(LAYERS)), nn.Linear(6, 1))
+
+
+def inputs(rank: int, i: int) -> torch.Tensor:
+    return torch.randn(5, 6, generator=torch.Generator().manual_seed(10 * rank + i))
+
+
+def work(rank: int, size: int = ONE_LAYER, left_out: bool = False) -> tuple[dict, list[str]]:
+    """Gradients of some backward passes, and what happened in the last of them, in its order."""
+    model, events = net(), []
+    parameters = list(model.parameters())
+    if left_out:
+        parameters.insert(2, nn.Parameter(torch.zeros(3)))
+    buckets = Buckets(parameters, size=size)
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, n=name: events.append(n))
+    send = dist.all_reduce
+
+    def recorded(*arguments, **options):
+        events.append("sent")
+        return send(*arguments, **options)
+
+    dist.all_reduce = recorded
+    for i in range(PASSES):
+        events.clear()
+        if i == PASSES - 1:
+            buckets.expect()
+        model(inputs(rank, i)).square().sum().backward()
+        assert i == PASSES - 1 or "sent" not in events
+    buckets.finish()
+    return {name: p.grad for name, p in model.named_parameters()}, events
+
+
+def expected() -> dict[str, torch.Tensor]:
+    model = net()
+    for rank in range(WORLD):
+        for i in range(PASSES):
+            (model(inputs(rank, i)).square().sum() / WORLD).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def one_gradient(rank):
+    return work(rank, size=1)
+
+
+def all_at_once(rank):
+    return work(rank, size=2**20)
+
+
+def one_left_out(rank):
+    return work(rank, left_out=True)
+
+
+@pytest.mark.parametrize("how", [work, one_gradient, all_at_once, one_left_out])
+def test_every_process_has_the_mean_of_all_passes(tmp_path, how):
+    for found, _ in on_machines(WORLD, tmp_path, how):
+        for name, mean in expected().items():
+            torch.testing.assert_close(found[name], mean, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_layer_is_sent_before_the_pass_has_come_to_the_ones_below_it(tmp_path):
+    for _, events in on_machines(WORLD, tmp_path, work):
+        assert events.count("sent") == LAYERS + 1
+        for layer in range(1, LAYERS + 1):
+            complete = max(events.index(f"{layer}.weight"), events.index(f"{layer}.bias"))
+            assert "sent" in events[complete : events.index(f"{layer - 1}.weight")]
