@@ -183,8 +183,8 @@ def export(
     out: opt.NewFolder,
 ) -> None:
     """What drawing needs of a run, to hand on: weights in 16 bits, no training states."""
-    from dalle.builtin import export as write
     from dalle.console import say
+    from dalle.export import export as write
 
     size = write(run, out)
     say(f"{size / 1e6:.1f} MB in {out}; draw with it: dalle sample PROMPT --run {out}")

@@ -111,7 +111,7 @@ def test_the_built_in_model_is_found_by_its_name(tmp_path, monkeypatch):
 def test_an_exported_run_draws_nearly_the_same_from_half_the_bytes(run, tmp_path):
     import numpy as np
 
-    from dalle.builtin import export
+    from dalle.export import export
 
     size = export(run, tmp_path / "out")
     assert size == sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
@@ -128,7 +128,7 @@ def test_an_exported_run_draws_nearly_the_same_from_half_the_bytes(run, tmp_path
 
 def test_an_exported_run_has_plain_tables_of_16_bits(tmp_path):
     """So that drawing may keep them in 16 bits: sums of two 16-bit numbers would not fit."""
-    from dalle.builtin import export
+    from dalle.export import export
 
     run = tiny.write_run(tmp_path / "run", code_channels=5)
     export(run, tmp_path / "out")

@@ -1,0 +1,42 @@
+"""How a trained run becomes one that only draws, to hand on."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dalle.builtin import find_run
+from dalle.checkpoint import load_tensors, read_json, replacing, save_weights, write_json
+from dalle.config import to_json
+from dalle.errors import CheckpointError
+from stage2_prior.model import Prior
+
+
+def export(run: Path, out: Path) -> int:
+    """Write all that drawing needs of `run` to `out`, weights in 16 bits; returns the bytes written.
+
+    Raises:
+        CheckpointError: a stage is missing or damaged, or `out` holds something already.
+    """
+    run = find_run(run)
+    if out.exists() and any(out.iterdir()):
+        raise CheckpointError(f"{out} is not empty: name a new folder")
+    dvae_config, prior_config = (read_json(run / stage / "config.json") for stage in ("dvae", "prior"))
+    of_dvae = load_tensors(run / "dvae" / "weights.safetensors")
+    prior = Prior.load(run / "prior").folded()  # 16 bits of sums, not sums of 16 bits
+    prior_config["dvae"] = _write(out / "dvae", dvae_config, of_dvae)
+    prior_config["model"] = to_json(prior.config)
+    _write(out / "prior", prior_config, prior.state_dict())
+    for name in ("prior/tokenizer.json", "report.json"):
+        if (run / name).is_file():
+            with replacing(out / name) as partial:
+                partial.write_bytes((run / name).read_bytes())
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def _write(folder: Path, config: dict[str, Any], weights: Mapping[str, Tensor]) -> str:
+    written = save_weights(folder, {name: tensor.to(torch.float16) for name, tensor in weights.items()})
+    write_json(folder / "config.json", config)
+    return written
