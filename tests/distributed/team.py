@@ -21,6 +21,7 @@ from stage2_prior.loss import losses
 from stage2_prior.model import Prior
 from tests.tiny import PRIOR_SHAPE
 
+MODEL = PriorConfig(**PRIOR_SHAPE, code_channels=5)
 BATCH, STEPS = 8, 4
 STAGES = (0, 1, 2, 3)
 COURSES = tuple((parts, precision) for parts in (1, 2) for precision in ("fp32", "bf16", "fp16"))
@@ -110,7 +111,7 @@ class Toy:
 
 def session(folder: Path = Path(), *, sick: bool = False, **changes: Any) -> Session:
     config = settings(**changes)
-    model = build(lambda: Prior(PriorConfig(**PRIOR_SHAPE)), config)
+    model = build(lambda: Prior(MODEL), config)
     model.recompute = config.zero == 3
     engine = make_engine(model, config, config.precision, variance_limit=5.0, matrices=model.matrices())
     size = BATCH // topology().world // config.micro_batches(topology().world)
@@ -200,7 +201,7 @@ def born() -> dict[str, Any]:
         tensors = whole(one.engine)
         finish(one)
         torch.manual_seed(one.config.seed)
-        alone = Prior(PriorConfig(**PRIOR_SHAPE)).state_dict()
+        alone = Prior(MODEL).state_dict()
         result[str(zero)] = [
             name for name, p in alone.items()
             if topology().main and not torch.equal(tensors[f"weights:{name}"], p)
