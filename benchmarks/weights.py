@@ -1,14 +1,12 @@
-"""A prior with matrices in fp32, in fp16 rounded at random, and in fp16 rounded to the nearest.
+"""The loss of a prior with matrices in fp32, in fp16 rounded at random, and in fp16 rounded to the nearest.
 
-    python -m benchmarks.weights docs/weights.svg
+    python -m benchmarks.weights
 
 All else is the same in the three: the data of `benchmarks.compression`, 16-bit moments, products in fp32, so
-that the loss tells of nothing but the rounding of updates. The step size falls to a thirty-second, as in the
-paper: it is the small updates at the end that rounding to the nearest loses.
+that the loss tells of nothing but the rounding of updates.
 """
 
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,7 +14,6 @@ import torch
 
 from benchmarks.compression import BATCH, FOLDED, PICTURES, WORDS, write_data
 from dalle import packed
-from dalle.chart import curves, svg
 from dalle.engine import Engine
 from dalle.optim import Average
 from dalle.scaling import Scaling
@@ -57,8 +54,8 @@ def train(data: dict[str, torch.Tensor], halved: bool) -> list[float]:
     return found
 
 
-def main(out: Path) -> None:
-    """Train all, draw, print."""
+def main() -> None:
+    """Train all, print."""
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder) / "data.pt")
         data = torch.load(Path(folder) / "data.pt")
@@ -69,13 +66,7 @@ def main(out: Path) -> None:
         print(
             f"| {name} | {last:.4f} | {last / statistics.mean(found['fp32'][-LAST:]) - 1:+.2%} |", flush=True
         )
-    means = {
-        name: [(i, statistics.mean(values[i - LAST : i])) for i in range(LAST, STEPS + 1)]
-        for name, values in found.items()
-    }
-    title = f"Training loss (means of {LAST} updates)"
-    out.write_text(svg(curves(means), title, width=560, height=260), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()
