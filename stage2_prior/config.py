@@ -150,7 +150,7 @@ PRESETS: dict[str, tuple[PriorConfig, PriorTraining]] = {
             bpe_captions=20_000,
             bpe_dropout=0.0,
             caption_dropout=0.1,
-            guidance=1.5,
+            guidance=1.25,
             top_p=0.8,
             image_start="codebook",
         ),

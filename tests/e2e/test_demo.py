@@ -44,7 +44,7 @@ def test_a_demo_ends_in_a_report_and_its_steps_are_fitted_to_the_machine(tmp_pat
     assert figures["stages"]["prior"]["steps"] == steps(run, "prior")
     page = (run / "report.html").read_text()
     assert "<svg" in page
-    assert "at temperature 1, top-p 0.8, guidance 1.5." in page
+    assert "at temperature 1, top-p 0.8, guidance 1.25." in page
 
 
 def test_a_stopped_demo_goes_on_as_it_was_begun(tmp_path, monkeypatch):
