@@ -27,7 +27,7 @@ class PackedAdamW(AdamW):
 
     With `halved` these matrices themselves are held in fp16 and nowhere else: 2 + 2 + 2 bytes a parameter. An
     update is computed in fp32 and rounded to one of the two neighbours in fp16 at random, the nearer the
-    likelier: most updates are smaller than the distance between neighbours, and to the nearest would be lost.
+    likelier: one that is far smaller than the distance between neighbours would otherwise be lost.
 
     Args:
         model: whose parameters are trained.
@@ -115,9 +115,8 @@ class PackedAdamW(AdamW):
 
 def rounded_at_random(values: Float32[Tensor, "*n"], noise: torch.Generator) -> Float16[Tensor, "*n"]:
     """One of each value's two neighbours in fp16, such that the mean is the value; what fp16 has stays."""
-    exponent = ((values.view(torch.int32) >> 23) & 0xFF).clamp_(
-        127 - 14
-    )  # below, neighbours keep their distance
+    exponent = (values.view(torch.int32) >> 23) & 0xFF
+    exponent.clamp_(127 - 14)  # below, neighbours keep their distance
     distance = ((exponent - 10) << 23).view(torch.float32)
     # fp32 has 13 bits more: with as many bits of noise the sum is exact.
     up = torch.randint(2**13, values.shape, generator=noise, device=values.device).to(values) / 2**13
