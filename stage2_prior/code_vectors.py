@@ -38,18 +38,30 @@ class CodeVectors(nn.Module):
 
     def spreads(self, embedding: float, head: float) -> Iterator[tuple[Tensor, float]]:
         """Standard deviations at the start that give the two parts those of `embedding` and `head`."""
-        hidden = AFTER_GELU * math.sqrt(self.up.out_features)
         yield self.vectors, 1.0
         yield self.up.weight, 1 / math.sqrt(self.up.in_features)
         yield self.up.bias, 0.0
-        yield self.embedding.weight, embedding / hidden
-        yield self.head.weight, head / hidden
+        yield self.embedding.weight, embedding / self._hidden
+        yield self.head.weight, head / self._hidden
+
+    @property
+    def _hidden(self) -> float:
+        """How long the hidden layer is for a vector of N(0, 1)."""
+        return AFTER_GELU * math.sqrt(self.up.out_features)
 
     @torch.no_grad()
-    def start_from(self, vectors: Float[Tensor, "v c"]) -> None:
-        """Take the principal components of the dVAE's vectors, with a mean square of 1."""
+    def start_from(self, vectors: Float[Tensor, "v c"], head: float, seed: int) -> None:
+        """Take the principal components of the dVAE's vectors, with a mean square of 1, and a head off zero.
+
+        Args:
+            vectors: one for each code.
+            head: standard deviation of the head's rows.
+            seed: of the draw that gives it.
+        """
         placed = principal_components(vectors, self.vectors.shape[1])
         self.vectors.copy_(placed / placed.square().mean().sqrt().clamp_min(1e-6))
+        drawn = torch.randn(self.head.weight.shape, generator=torch.Generator().manual_seed(seed))
+        self.head.weight.copy_(drawn * head / self._hidden)
 
 
 def principal_components(vectors: Float[Tensor, "v c"], n: int) -> Float[Tensor, "v n"]:

@@ -175,8 +175,7 @@ class Prior(nn.Module):
         of_embedding, of_head = math.sqrt(SPREAD / width), HEAD_SPREAD / math.sqrt(width)
         if self.code_vectors is not None:
             self.image_tokens.weight.zero_()
-            draw_weights(self.code_vectors.spreads(of_embedding, of_head), seed)
-            self.code_vectors.start_from(vectors)
+            self.code_vectors.start_from(vectors, of_head, seed)
             return
         turn = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(seed))).Q
         placed = principal_components(vectors, width) @ turn
