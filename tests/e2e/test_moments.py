@@ -16,18 +16,24 @@ def losses(run):
     return [line["loss"] for line in read_metrics(run / "prior") if "loss" in line]
 
 
-def test_a_run_with_16_bit_moments_follows_the_fp32_one_and_goes_on_bit_exactly(dalle, tmp_path):
+SCHEDULE = options(warmup=1, lr_end=2e-3)  # constant, whatever the number of steps
+
+
+def trained(dalle, tmp_path, settings, others):
+    """Three runs of eight updates: with these settings, the same with a break after four, with the others."""
     straight, halved, full = (tmp_path / name for name in ("straight", "halved", "full"))
     assert dalle(*dvae(straight)).code == 0
     for other in (halved, full):
         shutil.copytree(straight / "dvae", other / "dvae")
-    schedule = options(warmup=1, lr_end=2e-3)  # constant, whatever the number of steps
-    for run, steps in ((straight, 8), (halved, 4), (halved, 8)):
-        done = dalle(*prior(run, *PACKED, *schedule, steps=steps))
+    runs = ((straight, 8, settings), (halved, 4, settings), (halved, 8, settings), (full, 8, others))
+    for run, steps, changes in runs:
+        done = dalle(*prior(run, *PACKED, *SCHEDULE, *changes, steps=steps))
         assert done.code == 0, done.err
-    done = dalle(*prior(full, *PACKED, *schedule, "--set", "moments=fp32", steps=8))
-    assert done.code == 0, done.err
+    return straight, halved, full
 
+
+def test_a_run_with_16_bit_moments_follows_the_fp32_one_and_goes_on_bit_exactly(dalle, tmp_path):
+    straight, halved, full = trained(dalle, tmp_path, [], options(moments="fp32"))
     last = "prior/state/step-00000008"
     state = State(straight / last)
     kinds = {name: state.read("moments", name).dtype for name in state.names("moments")}
@@ -53,17 +59,8 @@ def test_a_run_keeps_the_kind_of_its_moments(dalle, tmp_path):
 
 
 def test_a_run_with_weights_in_fp16_follows_the_fp32_one_and_goes_on_bit_exactly(dalle, tmp_path):
-    straight, halved, full = (tmp_path / name for name in ("straight", "halved", "full"))
-    assert dalle(*dvae(straight)).code == 0
-    for other in (halved, full):
-        shutil.copytree(straight / "dvae", other / "dvae")
-    fp16 = options(precision="fp16", warmup=1, lr_end=2e-3)
-    for run, steps in ((straight, 8), (halved, 4), (halved, 8)):
-        done = dalle(*prior(run, *PACKED, *fp16, "--set", "weights=fp16", steps=steps))
-        assert done.code == 0, done.err
-    done = dalle(*prior(full, *PACKED, *fp16, steps=8))
-    assert done.code == 0, done.err
-
+    fp16 = options(precision="fp16")
+    straight, halved, full = trained(dalle, tmp_path, [*fp16, *options(weights="fp16")], fp16)
     last = "prior/state/step-00000008"
     state = State(straight / last)
     kinds = {name: state.read("weights", name).dtype for name in state.names("weights")}
