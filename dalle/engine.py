@@ -5,7 +5,7 @@ gradients. `dalle.zero` partitions it. The loop and the stages know only the pub
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dalle.buckets import Buckets
+from dalle.buckets import Buckets, average_gradients
 from dalle.distributed import ALONE, Part, Topology
 from dalle.errors import DalleError
 from dalle.muon import Muon
 from dalle.optim import AdamW, Average, full_shape
+from dalle.overlap import Work
 from dalle.piece import Piece, gradient_of
 from dalle.powersgd import PowerSGD
 from dalle.precision import Arithmetic, arithmetic
@@ -68,6 +69,7 @@ class Engine:
         self.topology, self.compression, self.muon = topology, compression, muon
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.parameters: list[Tensor] = list(self.named.values())
+        self._names = {p: name for name, p in self.named.items()}
         self.device = self.parameters[0].device
         self.dropped = 0  # updates dropped in a row
         self.passes = 0  # backward passes since the last update
@@ -91,7 +93,14 @@ class Engine:
 
     def pieces(self) -> list[Piece]:
         """The gradient of an update, in fp32, between its last `backward` and `update`."""
-        return [Piece(n, p, g, 0) for n, p in self.named.items() if (g := gradient_of(p)) is not None]
+        return self._pieces_of(list(self.named.values()))
+
+    def _pieces_of(self, parameters: Sequence[nn.Parameter]) -> list[Piece]:
+        return [
+            Piece(self._names[p], p, gradient, 0)
+            for p in parameters
+            if (gradient := gradient_of(p)) is not None
+        ]
 
     def update(self, lr: float, step: int) -> dict[str, float]:
         """Apply the gathered gradient as update number `step` (counted from 1).
@@ -138,9 +147,14 @@ class Engine:
         return self.parameters
 
     def _make_buckets(self) -> Buckets | None:
-        if self.topology.world == 1 or dist.get_world_size(self.topology.shards) == 1:
-            return None
-        return Buckets(self.parameters, self.topology.shards)
+        return Buckets(list(self.named.values()), self._exchange) if self.topology.world > 1 else None
+
+    def _exchange(self, parameters: Sequence[nn.Parameter]) -> Work[None]:
+        """Average some gradients within a machine, and begin with their means over the machines."""
+        if dist.get_world_size(self.topology.shards) > 1:
+            yield from average_gradients(parameters, self.topology.shards)
+        if self.compression is not None and self.compression.early:
+            yield from self.compression.exchange(self._pieces_of(parameters))
 
     def _norm(self, gradients: list[Tensor]) -> float:
         return torch.nn.utils.get_total_norm(gradients).item()

@@ -12,7 +12,7 @@ from dalle.config import override
 from dalle.config import preset as named_preset
 from dalle.errors import ConfigError
 from dalle.forecast import Cost, Memory, Traffic, cost, memory, paper_memory, traffic
-from dalle.powersgd import paper_rank
+from dalle.low_rank import paper_rank
 from stage1_dvae.config import PRESETS as DVAE_PRESETS
 from stage2_prior.config import PRESETS, PriorConfig, PriorTraining
 from stage2_prior.footprint import Footprint, footprint, parameters

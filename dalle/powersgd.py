@@ -15,23 +15,23 @@ Source: paper, §4 and App. E; Vogels et al. 2019.
 
 import math
 import time
-import zlib
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
 from torch import Tensor
 
 from dalle.console import warn
+from dalle.low_rank import Matrix, orthonormal
 from dalle.minifloat import SIGNED
 from dalle.optim import full_shape
+from dalle.overlap import InTurn, Work, blocks, finished
 from dalle.piece import Piece
 from dalle.wire import Wire
 
-IDENTITY = 1e-6  # how much of it is added before orthonormalising
 LOSSES = 3  # samples in a row in which a plain mean was faster, before the user is told
 
 
@@ -69,71 +69,27 @@ class Receipt:
         return told
 
 
-def paper_rank(width: int) -> int:
-    """The total rank of the matrices of a model of this width, over all shares.
+@dataclass
+class _Block:
+    """Gradients whose means are under way, and what is known of them so far."""
 
-    The paper lists the least ranks that leave no gap in the training loss, in multiples of 128: 512 for a
-    width of 1,920, 640 for 2,688, 896 for 3,968. The smallest multiple of 128 of at least 0.22·width gives
-    these; below a width of 1,024, where 128 is coarse, multiples of width/16 are taken.
+    low: list[tuple[Matrix, Tensor]] = field(default_factory=list)  # compressed, and the gradients' numbers
+    full: list[Tensor] = field(default_factory=list)  # averaged in full
+    bad_gradients: list[Tensor] = field(default_factory=list)  # of each in `low`: not finite here
+    bad_sums: list[Tensor] = field(default_factory=list)
+    bad_factors: list[Tensor] = field(default_factory=list)
+    bases: list[Tensor] = field(default_factory=list)
+    q: list[Tensor] = field(default_factory=list)
+    means: list[Tensor] = field(default_factory=list)  # of `full`
 
-    Source: paper, Table 1.
-    """
-    unit = 128 if width >= 1024 else max(1, width // 16)
-    return unit * math.ceil(0.22 * width / unit)
-
-
-class Matrix:
-    """What is compressed of a process' share of a parameter: its whole rows.
-
-    Args:
-        name: of the parameter.
-        shape: of the whole parameter.
-        offset: where the share begins in the flattened parameter.
-        numel: numbers of the share.
-        total_rank: of the whole parameter. A share has its part of it: r/m where there are m equal ones.
-    """
-
-    def __init__(self, name: str, shape: tuple[int, ...], offset: int, numel: int, total_rank: int) -> None:
-        self.name, self.columns = name, math.prod(shape[1:])
-        first, last = -(-offset // self.columns), (offset + numel) // self.columns
-        self.rows = max(0, last - first)
-        self.begin = first * self.columns - offset  # within the share
-        self.end = self.begin + self.rows * self.columns
-        self.offset = first * self.columns  # within the flattened parameter
-        self.short, self.long = sorted((self.rows, self.columns))
-        self.rank = min(self.short, max(1, round(total_rank * self.rows / shape[0])))
-
-    @property
-    def numel(self) -> int:
-        """Numbers of the matrix."""
-        return self.rows * self.columns
-
-    @property
-    def factors(self) -> int:
-        """Numbers of P and Q together."""
-        return self.rank * (self.short + self.long)
-
-    def projection(self, seed: int) -> Float[Tensor, "long rank"]:
-        """Q₀: a function of the name and the place, the same at all times and on all machines."""
-        key = zlib.crc32(f"{seed}/{self.name}/{self.offset}".encode())
-        return torch.randn(self.long, self.rank, generator=torch.Generator().manual_seed(key))
-
-    def of(self, flat: Float[Tensor, " n"]) -> Float[Tensor, "short long"]:
-        """The numbers with the short side first: then the factor to be orthonormalised is the small one."""
-        matrix = flat.view(self.rows, self.columns)
-        return matrix if self.rows <= self.columns else matrix.t()
-
-
-def orthonormal(p: Float[Tensor, "m r"]) -> Float[Tensor, "m r"]:
-    """An orthonormal basis of the columns of P + 1e-6·I, by Householder reflections.
-
-    The identity keeps apart columns that are zero or alike. It is meant relative to the numbers of P, which
-    the paper holds near the top of their range by constants chosen by hand; here P is first divided by its
-    largest number.
-    """
-    size = p.abs().amax()
-    p = p / torch.where(size > 0, size, 1.0)
-    return torch.linalg.qr(p + IDENTITY * torch.eye(*p.shape, device=p.device)).Q
+    def add(self, gradient: Tensor, matrix: Matrix | None) -> None:
+        """A gradient of which this matrix is compressed, if any; the rest of it is averaged in full."""
+        if matrix is None:
+            self.full.append(gradient)
+            return
+        flat = gradient.view(-1)
+        self.low.append((matrix, flat[matrix.begin : matrix.end]))
+        self.full += [end for end in (flat[: matrix.begin], flat[matrix.end :]) if end.numel()]
 
 
 class PowerSGD:
@@ -171,17 +127,37 @@ class PowerSGD:
         self._matrices: dict[str, Matrix | None] = {}
         self._errors: dict[str, Tensor] = {}  # E by name of the parameter, as they are held
         self._projections: dict[str, Tensor] = {}  # Q₀ likewise
+        self._exchanged: list[_Block] = []  # of the update that is going on
+        self._seconds = 0.0  # spent on it
+        self._number: int | None = None  # of it; None before the first one since the start
 
     @property
     def dtype(self) -> torch.dtype:
         """How error sums are held and saved."""
         return torch.uint16 if self.packed else torch.float32
 
+    @property
+    def early(self) -> bool:
+        """May `exchange` be called for the gradients of this update before all of them are there?
+
+        Not for the first one since the start, whose number is not known yet, and not for one that is compared
+        with a plain mean, so that both are timed alike.
+        """
+        return self.wire.machines > 1 and self._number is not None and not self._sampled(self._number)
+
+    def exchange(self, pieces: Sequence[Piece]) -> Work[None]:
+        """Find the means of some gradients over all machines; `reduce` puts them into their places.
+
+        All machines hold the same pieces in the same order, and do so in the same order.
+        """
+        return self._timed(self._exchange(pieces))
+
     def reduce(self, pieces: Sequence[Piece], step: int) -> Receipt | None:
         """Make `pieces` the mean over all machines, in place, for update number `step` (counted from 1).
 
-        All machines hold the same pieces in the same order. What is not finite on any machine makes the norm
-        infinite, which drops the update. Beyond that:
+        All machines hold the same pieces in the same order: either all of them were given to `exchange`
+        before, or none. What is not finite on any machine makes the norm infinite, which drops the update.
+        Beyond that:
 
         - A gradient that is not finite never enters an error sum; those of the other machines go on as ever.
         - Where P or Q is not finite, each machine keeps its error sum, unless that itself is not finite: only
@@ -195,34 +171,25 @@ class PowerSGD:
         if self.wire.machines == 1:
             self._add_the_rest(pieces)
             return None
-        sampled = bool(self.sample) and step % self.sample == 0
-        true, plain_seconds = self._plain_means(pieces) if sampled else ([], None)
-        began, sent = time.perf_counter(), self.wire.bytes
-        matrices = [self._matrix(p) if step > self.start else None for p in pieces]
-        low = [(m, p.grad.view(-1)[m.begin : m.end]) for m, p in zip(matrices, pieces, strict=True) if m]
-        full = list(_outside(matrices, pieces))
-
-        bad_gradients, bad_sums = self._add_to_errors(low)
-        p, bad_p = self._factors(low, lambda m, e: m.of(e) @ self._projection(m))
-        bases = dict(zip((m.name for m, _ in low), map(self._rounded, map(orthonormal, p)), strict=True))
-        q, bad_q = self._factors(low, lambda m, e: m.of(e).t() @ bases[m.name])
-        for gradient, mean in zip(full, self.wire.mean(full), strict=True):
-            gradient.copy_(mean)
-        # Infinities do not survive on the wire; the flags tell of them.
-        bad_factors = self.wire.any(_any_of(bad_p, bad_q))
-        for i, (matrix, gradient) in enumerate(low):
-            low_rank = bases[matrix.name] @ q[i].t()
-            matrix.of(gradient).copy_(low_rank)
-            self._subtract(matrix, gradient, bad_factors[i], bad_sums[i])
-
-        squares = _squares([*q, *full], pieces)  # of P·Qᵀ those of Q, since P is orthonormal
-        bad = torch.stack([*bad_gradients, *bad_factors, ~squares.isfinite()]).any()[None]
-        norm = self._whole_norm(squares, bad)
-        seconds = time.perf_counter() - began
-        cosine = self._cosine(low, [t for m, t in zip(matrices, true, strict=True) if m]) if true else None
+        self._number = step
+        true, plain_seconds = self._plain_means(pieces) if self._sampled(step) else ([], None)
+        if not self._exchanged:
+            in_turn = InTurn()
+            for some in blocks(pieces, lambda piece: piece.grad.nbytes):
+                in_turn.begin(self.exchange(some))
+            in_turn.finish()
+        exchanged, self._exchanged = self._exchanged, []
+        with self._clock():
+            norm = self._put(exchanged, _device(pieces))
+        low = [each for block in exchanged for each in block.low]
+        cosine = None
+        if true:
+            cosine = self._cosine(low, [t for t, p in zip(true, pieces, strict=True) if self._compressed(p)])
         plain_bytes = sum(piece.grad.nbytes for piece in pieces)
-        self._warn_if_it_loses(seconds, plain_seconds if low else None)
-        return Receipt(norm, self.wire.bytes - sent, plain_bytes, seconds, plain_seconds, cosine)
+        self._warn_if_it_loses(self._seconds, plain_seconds if low else None)
+        receipt = Receipt(norm, self.wire.bytes, plain_bytes, self._seconds, plain_seconds, cosine)
+        self._number, self._seconds, self.wire.bytes = step + 1, 0.0, 0
+        return receipt
 
     def formula(self, pieces: Sequence[Piece]) -> int:
         """Bytes that an update hands over once it compresses: r·(rows + columns) numbers for each matrix."""
@@ -278,6 +245,64 @@ class PowerSGD:
             self._matrices[name] = matrix if worth_it else None
         return self._matrices[name]
 
+    def _compressed(self, piece: Piece) -> Matrix | None:
+        """What is compressed of it in this update."""
+        assert self._number is not None
+        return self._matrix(piece) if self._number > self.start else None
+
+    def _sampled(self, step: int) -> bool:
+        return bool(self.sample) and step % self.sample == 0
+
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - began
+
+    def _timed(self, work: Work[None]) -> Work[None]:
+        going = True
+        while going:
+            with self._clock():
+                going = next(work, self) is not self
+            if going:
+                yield
+
+    def _exchange(self, pieces: Sequence[Piece]) -> Work[None]:
+        block = _Block()
+        self._exchanged.append(block)
+        for piece in pieces:
+            block.add(piece.grad, self._compressed(piece))
+        matrices = [matrix for matrix, _ in block.low]
+        self._add_to_errors(block)
+        p, bad_p = yield from self._mean_factors(
+            matrix.of(self._error(matrix)) @ self._projection(matrix) for matrix in matrices
+        )
+        block.bases = [self._rounded(orthonormal(each)) for each in p]
+        block.q, bad_q = yield from self._mean_factors(
+            matrix.of(self._error(matrix)).t() @ basis
+            for matrix, basis in zip(matrices, block.bases, strict=True)
+        )
+        block.bad_factors = [a | b for a, b in zip(bad_p, bad_q, strict=True)]
+        block.means = yield from self.wire.mean(block.full)
+
+    def _put(self, exchanged: Sequence[_Block], device: torch.device) -> float:
+        """Put the means into the gradients' places, what is left into the error sums; the means' norm."""
+        # Infinities do not survive on the wire; the flags tell of them.
+        bad_factors = self.wire.any(_stack((bad for b in exchanged for bad in b.bad_factors), device))
+        flags = iter(bad_factors)
+        for block in exchanged:
+            compressed = zip(block.low, block.bases, block.q, block.bad_sums, strict=True)
+            for (matrix, gradient), basis, q, bad_sum in compressed:
+                matrix.of(gradient).copy_(basis @ q.t())
+                self._subtract(matrix, gradient, next(flags), bad_sum)
+            for gradient, mean in zip(block.full, block.means, strict=True):
+                gradient.copy_(mean)
+        # The squares of P·Qᵀ are those of Q, since P is orthonormal.
+        squares = _squares([each for block in exchanged for each in (*block.q, *block.full)], device)
+        bad_gradients = _stack((bad for b in exchanged for bad in b.bad_gradients), device)
+        bad = torch.cat([bad_gradients, bad_factors, ~squares.isfinite()[None]]).any()[None]
+        return self._whole_norm(squares, bad)
+
     def _add_the_rest(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
             matrix, error = self._matrix(piece), self._errors.pop(piece.name, None)
@@ -310,32 +335,32 @@ class PowerSGD:
             self._projections[matrix.name] = self._held(drawn)
         return self._seen(self._projections[matrix.name])
 
-    def _add_to_errors(self, low: Iterable[tuple[Matrix, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-        """E += G where G is finite; for each matrix whether it is not, and whether the sum is not."""
-        bad_gradients, bad_sums = [], []
-        for matrix, gradient in low:
+    def _error(self, matrix: Matrix) -> Tensor:
+        return self._seen(self._errors[matrix.name])
+
+    def _add_to_errors(self, block: _Block) -> None:
+        """E += G where G is finite."""
+        for matrix, gradient in block.low:
             bad = ~_finite(gradient)
             total = torch.where(bad, 0.0, gradient)
             if (held := self._errors.get(matrix.name)) is not None and self.feedback:
                 total = total + self._seen(held.to(total.device))
-            bad_gradients.append(bad)
-            bad_sums.append(~_finite(total))
+            block.bad_gradients.append(bad)
+            block.bad_sums.append(~_finite(total))
             self._errors[matrix.name] = self._held(total)
-        return bad_gradients, bad_sums
 
-    def _factors(
-        self, low: Sequence[tuple[Matrix, Tensor]], factor: Callable[[Matrix, Tensor], Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """A factor of every matrix, averaged together, and whether this machine's was not finite."""
-        mine = [factor(m, self._seen(self._errors[m.name])) for m, _ in low]
+    def _mean_factors(self, factors: Iterable[Tensor]) -> Work[tuple[list[Tensor], list[Tensor]]]:
+        """The means of these over the machines, and whether this machine's were not finite."""
+        mine = list(factors)
         bad = [~_finite(each) for each in mine]
         largest = SIGNED.largest
         mine = [torch.nan_to_num(each, largest, largest, -largest) for each in mine]
-        return self.wire.mean(mine, packed=self.packed), bad
+        means = yield from self.wire.mean(mine, packed=self.packed)
+        return means, bad
 
     def _subtract(self, matrix: Matrix, sent: Tensor, bad_factors: Tensor, bad_sum: Tensor) -> None:
         """E −= Ĝ, or what the rules say."""
-        total = self._seen(self._errors[matrix.name])
+        total = self._error(matrix)
         kept = torch.where(bad_sum, 0.0, total)
         self._errors[matrix.name] = self._held(torch.where(bad_factors, kept, total - sent))
 
@@ -351,9 +376,9 @@ class PowerSGD:
     def _plain_means(self, pieces: Sequence[Piece]) -> tuple[list[Tensor], float]:
         """The true means, and the seconds that they took; nothing is counted."""
         wire = Wire(self.wire.group)
-        wire.any(torch.zeros(1))  # or the time would hold the wait for the slowest
+        wire.any(torch.zeros(1, device=_device(pieces)))  # or the time would hold the wait for the slowest
         began = time.perf_counter()
-        means = wire.mean([piece.grad for piece in pieces])
+        means = finished(wire.mean([piece.grad for piece in pieces]))
         return means, time.perf_counter() - began
 
     def _cosine(self, low: Sequence[tuple[Matrix, Tensor]], true: Sequence[Tensor]) -> float | None:
@@ -367,29 +392,21 @@ class PowerSGD:
         return product / math.sqrt(reduced * wanted) if reduced * wanted else None
 
 
-def _outside(matrices: Sequence[Matrix | None], pieces: Sequence[Piece]) -> Iterable[Tensor]:
-    """What is averaged in full: whole pieces, and the ragged ends of those with a matrix."""
-    for matrix, piece in zip(matrices, pieces, strict=True):
-        if matrix is None:
-            yield piece.grad
-        else:
-            flat = piece.grad.view(-1)
-            ends = flat[: matrix.begin], flat[matrix.end :]
-            yield from (end for end in ends if end.numel())
-
-
 def _finite(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor, math.inf).isfinite()
 
 
-def _any_of(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    if not one:
-        return torch.zeros(0, dtype=torch.bool)
-    return torch.stack(list(one)) | torch.stack(list(other))
+def _device(pieces: Sequence[Piece]) -> torch.device:
+    return pieces[0].grad.device if pieces else torch.device("cpu")
 
 
-def _squares(tensors: Sequence[Tensor], pieces: Sequence[Piece]) -> Tensor:
+def _stack(flags: Iterable[Tensor], device: torch.device) -> Tensor:
+    found = list(flags)
+    return torch.stack(found) if found else torch.zeros(0, dtype=torch.bool, device=device)
+
+
+def _squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """The sum of the squares of all numbers."""
     if not tensors:
-        return torch.zeros((), device=pieces[0].grad.device if pieces else None)
+        return torch.zeros((), device=device)
     return torch.stack(torch._foreach_norm(list(tensors))).square().sum()

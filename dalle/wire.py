@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dalle.minifloat import SIGNED
+from dalle.overlap import Work
 
 
 class Wire:
@@ -23,7 +24,7 @@ class Wire:
         self.group, self.bytes = group, 0
         self.machines = 1 if group is None else dist.get_world_size(group)
 
-    def mean(self, tensors: Sequence[Tensor], *, packed: bool = False) -> list[Tensor]:
+    def mean(self, tensors: Sequence[Tensor], *, packed: bool = False) -> Work[list[Tensor]]:
         """The means over all machines, sent together; everybody receives the same bits.
 
         With `packed` they travel in 1-6-9: rounded before they are sent and after they are averaged, each
@@ -33,23 +34,30 @@ class Wire:
             return []
         flat = torch.cat([t.reshape(-1) for t in tensors])
         self.bytes += flat.numel() * (2 if packed else 4)
-        if packed:
-            flat = self._packed_mean(flat)
-        else:
-            dist.all_reduce(flat, group=self.group)
-            flat /= self.machines
+        flat = yield from self._packed_mean(flat) if packed else self._plain_mean(flat)
         parts = flat.split([t.numel() for t in tensors])
         return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
-    def _packed_mean(self, flat: Tensor) -> Tensor:
+    def _plain_mean(self, flat: Tensor) -> Work[Tensor]:
+        sent = dist.all_reduce(flat, group=self.group, async_op=True)
+        yield
+        sent.wait()
+        return flat.div_(self.machines)
+
+    def _packed_mean(self, flat: Tensor) -> Work[Tensor]:
         share = math.ceil(flat.numel() / self.machines)
         padded = flat.new_zeros(self.machines * share)
         padded[: flat.numel()] = flat
-        sent = SIGNED.pack(padded).view(torch.uint8)  # no transport knows uint16
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self.group)
-        mine = SIGNED.unpack(received.view(torch.uint16)).view(self.machines, share).mean(0)
-        dist.all_gather_into_tensor(received, SIGNED.pack(mine).view(torch.uint8), group=self.group)
+        mine = SIGNED.pack(padded).view(torch.uint8)  # no transport knows uint16
+        received = torch.empty_like(mine)
+        sent = dist.all_to_all_single(received, mine, group=self.group, async_op=True)
+        yield
+        sent.wait()
+        mean = SIGNED.unpack(received.view(torch.uint16)).view(self.machines, share).mean(0)
+        mine = SIGNED.pack(mean).view(torch.uint8)
+        sent = dist.all_gather_into_tensor(received, mine, group=self.group, async_op=True)
+        yield
+        sent.wait()
         return SIGNED.unpack(received.view(torch.uint16))[: flat.numel()]
 
     def sum(self, tensor: Tensor) -> Tensor:

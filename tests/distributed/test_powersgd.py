@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dalle.low_rank import Matrix
 from dalle.minifloat import SIGNED
-from dalle.powersgd import Matrix, PowerSGD
+from dalle.overlap import InTurn
+from dalle.powersgd import PowerSGD
 from tests.distributed.machines import on_machines
 
 pytestmark = pytest.mark.distributed
@@ -56,14 +58,22 @@ def seen(powersgd: PowerSGD) -> dict[str, torch.Tensor]:
     return {name: powersgd._seen(error).clone() for name, error in powersgd._errors.items()}
 
 
-def course(machine: int, spoil=None, **options) -> dict[str, list]:
-    """Some updates: what came out, the errors after each, and the receipts."""
+def course(machine: int, spoil=None, early=False, **options) -> dict[str, list]:
+    """Some updates: what came out, the errors after each, and the receipts.
+
+    With `early` the means are found in several blocks before all gradients are there, wherever they may be.
+    """
     powersgd = reducer(**options)
     out, errors, receipts = [], [], []
     for step in range(1, STEPS + 1):
         pieces = shares(machine, step)
         if spoil is not None:
             spoil(powersgd, pieces, machine, step)
+        if early and powersgd.early:
+            in_turn = InTurn()
+            for block in (pieces[:2], pieces[2:3], pieces[3:]):
+                in_turn.begin(powersgd.exchange(block))
+            in_turn.finish()
         receipts.append(powersgd.reduce(pieces, step))
         out.append({p.name: p.grad for p in pieces})
         errors.append(seen(powersgd))
@@ -118,19 +128,23 @@ def saved_and_loaded(machine: int) -> dict[str, dict]:
     }  # fmt: skip
 
 
+CASES = {
+    "fp32": {},
+    "16bit": {"factors": "16bit"},
+    "late": {"start": 3, "sample": 2},
+    "forgetful": {"feedback": False},
+    "gradient": {"spoil": nan_in_a_gradient},
+    "factor P": {"spoil": overflow_of_a_factor},
+    "factor Q": {"spoil": overflow_of_the_other_factor},
+    "sum": {"spoil": sum_that_is_not_finite},
+    "bias": {"spoil": infinite_bias},
+}
+
+
 def everything(machine: int) -> dict[str, dict]:
-    return {
-        "fp32": course(machine),
-        "16bit": course(machine, factors="16bit"),
-        "late": course(machine, start=3, sample=2),
-        "forgetful": course(machine, feedback=False),
-        "gradient": course(machine, nan_in_a_gradient),
-        "factor P": course(machine, overflow_of_a_factor),
-        "factor Q": course(machine, overflow_of_the_other_factor),
-        "sum": course(machine, sum_that_is_not_finite),
-        "bias": course(machine, infinite_bias),
-        "saved": saved_and_loaded(machine),
-    }
+    cases = {case: course(machine, **options) for case, options in CASES.items()}
+    early = {f"{case}, early": course(machine, early=True, **options) for case, options in CASES.items()}
+    return {**cases, **early, "saved": saved_and_loaded(machine)}
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +190,19 @@ def agree(machines, case: str) -> None:
     for step, (a, b) in enumerate(zip(one, other, strict=True)):
         for name in a:
             assert torch.equal(a[name].view(torch.int32), b[name].view(torch.int32)), (case, step, name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_means_found_before_all_gradients_are_there_are_the_same_bit_for_bit(machines, case):
+    for machine in machines:
+        after, early = machine[case], machine[f"{case}, early"]
+        for kind in ("out", "errors"):
+            for a, b in zip(after[kind], early[kind], strict=True):
+                for name in a:
+                    assert torch.equal(a[name].view(torch.int32), b[name].view(torch.int32)), (kind, name)
+        for a, b in zip(after["receipts"], early["receipts"], strict=True):
+            assert a.norm == pytest.approx(b.norm, rel=1e-6)
+            assert (a.bytes, a.plain_bytes, a.cosine) == (b.bytes, b.plain_bytes, b.cosine)
 
 
 @pytest.mark.parametrize(("case", "tolerance"), [("fp32", 1e-5), ("16bit", 2e-2)])

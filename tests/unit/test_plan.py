@@ -12,10 +12,10 @@ from dalle.cluster import Choice, Cluster, size_in_bytes
 from dalle.engine import Engine
 from dalle.errors import ConfigError
 from dalle.forecast import compression, cost, memory, paper_memory, traffic
+from dalle.low_rank import paper_rank
 from dalle.optim import AdamW, Average
 from dalle.plan import cheaper, make_plan, propose
 from dalle.plan_report import facts
-from dalle.powersgd import paper_rank
 from stage2_prior.config import PRESETS, PriorConfig
 from stage2_prior.footprint import Footprint, _try, flops, footprint, parameters
 from stage2_prior.loss import losses
