@@ -102,13 +102,14 @@ def train_prior(
     processes: opt.Processes = None,
     machines: opt.Machines = None,
     zero: opt.Zero = None,
+    grow_from: opt.GrowFrom = None,
     show_config: opt.ShowConfig = False,
 ) -> None:
     """Stage 2: train the prior on the run's dVAE. The same command again goes on where it stopped."""
     _become_several(processes, show_config, machines)
     from dalle.checkpoint import read_json
     from dalle.distributed import joined
-    from dalle.pipeline import codes_of
+    from dalle.pipeline import coarse_of, codes_of
     from dalle.runs import Options, machine_preset
     from stage2_prior.train import resolve, train
 
@@ -123,8 +124,9 @@ def train_prior(
     if show_config:
         resolve(options, codes, **suits).show()
         return
+    coarse = coarse_of(grow_from) if grow_from else None
     with joined(processes):
-        done = train(options, codes, **suits)
+        done = train(options, codes, **suits, coarse=coarse)
     if not done:
         raise typer.Exit(1)
 

@@ -68,6 +68,15 @@ Zero = Annotated[
         show_default=False,
     ),
 ]
+GrowFrom = Annotated[
+    Path | None,
+    typer.Option(
+        "--grow-from",
+        help="Begin with what the prior of this run has learned: same pictures, depth and width, but codes "
+        "a whole number of times coarser. scenes names the built-in model.",
+        show_default=False,
+    ),
+]
 ShowConfig = Annotated[
     bool, typer.Option("--show-config", help="Print every setting with the paper's value, and stop.")
 ]

@@ -21,6 +21,7 @@ from dalle.text import Tokenizer, fit
 from stage1_dvae.model import DVAE
 from stage2_prior.codes import Codes
 from stage2_prior.decode import Decoder, Text
+from stage2_prior.grow import Coarse
 from stage2_prior.linear import Weights
 from stage2_prior.model import Prior
 from stage2_prior.sample import Sampling, draw, noise, read
@@ -257,6 +258,22 @@ def codes_of(run: Path) -> Codes:
     return Codes(
         config.image_size, config.grid, config.vocab_size, dvae.encode, dvae.decode, dvae.codebook(),
         fingerprint_of(run),
+    )  # fmt: skip
+
+
+def coarse_of(run: Path) -> Coarse:
+    """A run for a prior over finer codes to begin with.
+
+    Raises:
+        CheckpointError: it lacks a stage, or is damaged.
+    """
+    run = find_run(run)
+    codes = codes_of(run)
+    if not (run / "prior" / "weights.safetensors").is_file():
+        raise CheckpointError(f"{run} holds no trained prior: name another run to grow from")
+    return Coarse(
+        Prior.load(run / "prior"), codes, Tokenizer.load(run / "prior" / "tokenizer.json"),
+        fingerprint(run / "prior" / "weights.safetensors"),
     )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ from stage2_prior import backends
 from stage2_prior.codes import Codes
 from stage2_prior.config import PRESETS, Backend, PriorTraining
 from stage2_prior.decode import Decoder
+from stage2_prior.grow import PICTURES, Coarse, grow
 from stage2_prior.loss import losses
 from stage2_prior.model import Prior, matrix_flops
 from stage2_prior.sample import Sampling, draw, noise, read
@@ -74,22 +75,28 @@ def resolve(options: Options, codes: Codes, *, preset: str, data: str) -> Plan:
     return replace(run, model=replace(model, grid=codes.grid, image_vocab=codes.vocab_size))
 
 
-def train(options: Options, codes: Codes, *, preset: str, data: str) -> bool:
+def train(options: Options, codes: Codes, *, preset: str, data: str, coarse: Coarse | None = None) -> bool:
     """Train the prior of a run, or continue it. True when all its steps are made.
+
+    Args:
+        coarse: what a new prior begins with (`stage2_prior.grow`), and one that goes on has begun with.
 
     Raises:
         DalleError: settings, data or a run folder that cannot be used.
     """
-    session = prepare(options, codes, preset=preset, data=data)
+    session = prepare(options, codes, preset=preset, data=data, coarse=coarse)
     done = fit(session)
     assert isinstance(session.task, Stage2)
     session.task.warn_of_cuts()
     return done
 
 
-def prepare(options: Options, codes: Codes, *, preset: str, data: str) -> Session:
+def prepare(
+    options: Options, codes: Codes, *, preset: str, data: str, coarse: Coarse | None = None
+) -> Session:
     """All that trains the prior of a run; see `train`."""
     run = resolve(options, codes, preset=preset, data=data)
+    grown_from = _grown_from(run, codes, coarse)
     config: PriorTraining = run.training
     device, here = best_device(), topology()
     precision = precision_of(config)
@@ -97,7 +104,7 @@ def prepare(options: Options, codes: Codes, *, preset: str, data: str) -> Sessio
     source = open_source(run.data, "train", codes.image_size, config.heldout)
     unseen = open_source(run.data, "heldout", codes.image_size, config.heldout)
     with here.main_first():
-        tokenizer = _tokenizer(run, source)
+        tokenizer = _tokenizer(run, source, coarse)
     run = replace(run, model=replace(run.model, text_vocab=tokenizer.vocab_size))
     words = run.model.text_length - 1
     attention = here.share(_attention(run, device, precision))
@@ -108,14 +115,20 @@ def prepare(options: Options, codes: Codes, *, preset: str, data: str) -> Sessio
     )  # fmt: skip
     loader = make_loader(source, prepared, config, codes.image_size)
     centre = partial(prepare_plainly, tokenizer=tokenizer, size=codes.image_size, words=words)
-    heldout = Loader(unseen, centre, batch_size=1, seed=config.seed, min_side=codes.image_size).first(
-        config.eval_pictures
-    )
+
+    def first(some: Source, n: int) -> tuple[Tensor, ...]:
+        return Loader(some, centre, batch_size=1, seed=config.seed, min_side=codes.image_size).first(n)
+
+    heldout = first(unseen, config.eval_pictures)
 
     model = build(lambda: Prior(run.model), config)
     if config.image_start == "codebook":
         with whole(model.of_codes()):
             model.start_from(codes.vectors, config.seed)
+    if coarse is not None and not run.resumed:
+        pictures, *_ = first(source, PICTURES)
+        with whole(model.parameters()):
+            grow(model, coarse, codes, pictures)
     place(model, config)
     # A partitioned layer would otherwise stay whole until its backward pass.
     model.recompute = config.recompute or partitioned(config)
@@ -130,7 +143,7 @@ def prepare(options: Options, codes: Codes, *, preset: str, data: str) -> Sessio
         f"{precision}, {attention} attention{processes(config)}"
     )
     if here.main:
-        run.write(dvae=codes.fingerprint, tokenizer=tokenizer.fingerprint())
+        run.write(dvae=codes.fingerprint, tokenizer=tokenizer.fingerprint(), **grown_from)
     prompts = list(SCENE_PROMPTS) if run.data == "scenes" else _captions(unseen, SHOWN)
     heldout = tuple(t.to(device) for t in heldout)
     stage = Stage2(model, run, codes, tokenizer, heldout, prompts, precision)
@@ -144,8 +157,22 @@ def _attention(run: Plan, device: torch.device, precision: Arithmetic) -> Backen
     return backends.choose(config.attention, run.model, min(pictures, TRIED), DTYPES[precision], device)
 
 
-def _tokenizer(run: Plan, source: Source) -> Tokenizer:
-    """The run's tokenizer; learned from the captions where there is none yet."""
+def _grown_from(run: Plan, codes: Codes, coarse: Coarse | None) -> dict[str, str]:
+    """What config.json tells of the prior that this one began with."""
+    began = read_json(run.folder / "config.json").get("grown_from") if run.resumed else None
+    if coarse is not None and not run.resumed:
+        coarse.check(run.model, codes)
+        began = coarse.fingerprint
+    if coarse is not None and began != coarse.fingerprint:
+        raise ConfigError(
+            f"{run.folder} was begun {f'with the prior {began}' if began else 'without another prior'}, "
+            f"--grow-from names {coarse.fingerprint}: leave it out, or use another --run"
+        )
+    return {"grown_from": began} if began else {}
+
+
+def _tokenizer(run: Plan, source: Source, coarse: Coarse | None) -> Tokenizer:
+    """The run's tokenizer: that of the prior it grows from, or learned from the captions."""
     path = run.folder / "tokenizer.json"
     if run.resumed:
         tokenizer, begun_with = Tokenizer.load(path), read_json(run.folder / "config.json").get("tokenizer")
@@ -156,7 +183,13 @@ def _tokenizer(run: Plan, source: Source) -> Tokenizer:
             )
         return tokenizer
     if path.exists():
-        return Tokenizer.load(path)
+        tokenizer = Tokenizer.load(path)
+        if coarse is not None and tokenizer.fingerprint() != coarse.tokenizer.fingerprint():
+            raise ConfigError(f"{path} is not the tokenizer of the prior to grow from: use another --run")
+        return tokenizer
+    if coarse is not None:
+        coarse.tokenizer.save(path)
+        return coarse.tokenizer
     say(f"prior: learning up to {run.training.bpe_vocab:,} text tokens from the captions")
     captions = _some_captions(source, run.training.bpe_captions)
     tokenizer = Tokenizer.train(captions, run.training.bpe_vocab, run.training.bpe_spaces)

@@ -1,0 +1,106 @@
+"""A prior over fine codes that begins with what one over coarser codes of the same pictures has learned.
+
+To read captions, and to tell which word belongs to which object, takes most of a training and has nothing to
+do with how fine the codes are; over fine codes, where most tokens follow from their neighbours, it takes
+longer still. So the transformer, the text's embeddings and the text head are taken over as they are. A row
+or a column begins as the coarse one that it lies in, a code as the mean of the coarse codes in whose place
+pictures show it. Not the paper's; what it gains stands in docs/log.md.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from dalle.errors import ConfigError
+from dalle.pictures import to_pixels
+from dalle.text import Tokenizer
+from stage2_prior.codes import Codes
+from stage2_prior.config import PriorConfig
+from stage2_prior.model import CodeTables, Prior
+
+PICTURES = 1000  # in which codes are looked for
+AT_ONCE = 50  # of them
+OF_CODES = ("rows", "columns", "image_tokens", "image_head", "code_vectors")  # where the two differ
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """A trained prior, its dVAE and its tokenizer; `fingerprint` names its weights."""
+
+    prior: Prior
+    codes: Codes
+    tokenizer: Tokenizer
+    fingerprint: str
+
+    def check(self, model: PriorConfig, codes: Codes) -> None:
+        """Can a prior of this shape, over these codes, begin with this one?
+
+        Raises:
+            ConfigError: no, and why.
+        """
+        mine = self.prior.config
+        for name in ("text_length", "depth", "width", "heads"):
+            its, wanted = getattr(mine, name), getattr(model, name)
+            if its != wanted:
+                raise ConfigError(
+                    f"--grow-from: that prior has {name}={its}, the new one {name}={wanted}: "
+                    f"--set {name}={its}"
+                )
+        if self.codes.image_size != codes.image_size:
+            raise ConfigError(
+                f"--grow-from: that prior's pictures have {self.codes.image_size} pixels per side, the new "
+                f"one's {codes.image_size}: train a dVAE of the same image_size"
+            )
+        if codes.grid % mine.grid:
+            raise ConfigError(
+                f"--grow-from: {mine.grid} codes per side do not divide the new one's {codes.grid}: train a "
+                f"dVAE whose codes are a whole number of times finer"
+            )
+
+
+@torch.no_grad()
+def grow(fine: Prior, coarse: Coarse, codes: Codes, pictures: UInt8[Tensor, "n 3 h w"]) -> None:
+    """Let `fine`, a prior over `codes`, begin with `coarse`; codes that none of the pictures show begin at 0.
+
+    Code vectors keep their start and add nothing to the tables before they have learned.
+
+    Raises:
+        ConfigError: see `Coarse.check`.
+    """
+    coarse.check(fine.config, codes)
+    learned = dict(coarse.prior.named_parameters())
+    for name, parameter in fine.named_parameters():
+        if name.split(".")[0] not in OF_CODES:
+            parameter.copy_(learned[name])
+    times = fine.config.grid // coarse.prior.config.grid
+    fine.rows.weight.copy_(coarse.prior.rows.weight.repeat_interleave(times, 0))
+    fine.columns.weight.copy_(coarse.prior.columns.weight.repeat_interleave(times, 0))
+
+    tables = coarse.prior.code_tables()
+    sums = CodeTables(*(torch.zeros(codes.vocab_size, fine.config.width) for _ in tables))
+    shown = torch.zeros(codes.vocab_size)
+    for some in pictures.split(AT_ONCE):
+        of_fine, of_coarse = _in_the_same_place(codes, coarse.codes, to_pixels(some))
+        shown += torch.bincount(of_fine, minlength=codes.vocab_size)
+        for total, table in zip(sums, tables, strict=True):
+            total.index_add_(0, of_fine, table.cpu()[of_coarse])
+    embedding, head = (total / shown.clamp_min(1)[:, None] for total in sums)
+    fine.image_tokens.weight.copy_(embedding)
+    fine.image_head.weight.copy_(head)
+    likely = (1 + shown).log()
+    fine.image_head.bias.copy_(likely - likely.mean())
+    if fine.code_vectors is not None:
+        fine.code_vectors.embedding.weight.zero_()
+        fine.code_vectors.head.weight.zero_()
+
+
+def _in_the_same_place(
+    fine: Codes, coarse: Codes, pixels: Float[Tensor, "b 3 h w"]
+) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """Every fine code of the pictures, and the coarse one around it."""
+    of_fine, of_coarse = fine.encode(pixels).cpu(), coarse.encode(pixels).cpu()
+    times = fine.grid // coarse.grid
+    around = of_coarse.repeat_interleave(times, 1).repeat_interleave(times, 2)
+    return of_fine.flatten(), around.flatten()
