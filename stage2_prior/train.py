@@ -126,6 +126,8 @@ def prepare(
         with whole(model.of_codes()):
             model.start_from(codes.vectors, config.seed)
     if coarse is not None and not run.resumed:
+        of, to = coarse.codes.grid, codes.grid
+        say(f"prior: beginning with one over {of}×{of} codes, for {to}×{to}")
         pictures, *_ = first(source, PICTURES)
         with whole(model.parameters()):
             grow(model, coarse, codes, pictures)

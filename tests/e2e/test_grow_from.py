@@ -31,6 +31,7 @@ def fine(dalle, coarse, tmp_path_factory) -> Path:
     ):
         done = dalle(*command)
         assert done.code == 0, done.err
+    assert "prior: beginning with one over 4×4 codes, for 8×8" in done.err
     return run
 
 
