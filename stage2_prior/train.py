@@ -130,7 +130,7 @@ def prepare(
         say(f"prior: beginning with one over {of}×{of} codes, for {to}×{to}")
         pictures, *_ = first(source, PICTURES)
         with whole(model.parameters()):
-            grow(model, coarse, codes, pictures)
+            grow(model, coarse, codes, pictures.to(device))
     place(model, config)
     # A partitioned layer would otherwise stay whole until its backward pass.
     model.recompute = config.recompute or partitioned(config)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,20 @@ def test_1_2_4_and_1_processes_at_other_stages_make_the_curve_of_one(dalle, star
     published = load_file(run / stage / "weights.safetensors")
     assert published.keys() == weights.keys()
     assert all(torch.equal(published[name], w) for name, w in weights.items())
+
+
+def test_a_prior_that_is_partitioned_from_birth_grows_as_one_in_one_process(dalle, start, straight, tmp_path):
+    alone, several = tmp_path / "alone", tmp_path / "several"
+    done = dalle(*dvae(alone, *options(patch=2), steps=2))
+    assert done.code == 0, done.err
+    shutil.copytree(alone, several)
+    growing = [*SETTINGS["prior"], "--grow-from", straight]
+    done = dalle(*prior(alone, *growing, steps=3))
+    assert done.code == 0, done.err
+    command = start(*prior(several, *growing, "--processes", 2, "--zero", 3, steps=3))
+    assert command.ends() == 0, command.said
+    assert losses(several, "prior") == pytest.approx(losses(alone, "prior"), rel=BEGUN_APART)
+    assert losses(alone, "prior")[0] < losses(straight, "prior")[0] - 0.1
 
 
 def test_a_stop_saves_once_ends_all_and_the_same_command_goes_on(start, straight, tmp_path):
