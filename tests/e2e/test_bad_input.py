@@ -16,18 +16,7 @@ import cli.main
 from dalle.states import TensorFile
 from tests import tiny
 from tests.e2e.settings import dvae, options, prior
-from tests.e2e.warm import Done
-
-
-def complaint(done: Done) -> str:
-    """The one line of a mistake."""
-    assert done.code == 2, done.err
-    assert "Traceback" not in done.err
-    complaints = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert len(complaints) == 1, done.err
-    assert done.err.splitlines()[-1] == complaints[0]
-    assert done.out == ""
-    return complaints[0].removeprefix("error: ")
+from tests.e2e.warm import complaint
 
 
 def files(folder: Path) -> dict[str, bytes]:

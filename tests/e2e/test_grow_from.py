@@ -8,7 +8,7 @@ import pytest
 from dalle.checkpoint import fingerprint
 from dalle.metrics import read_metrics
 from tests.e2e.settings import begin, dvae, options, prior
-from tests.e2e.warm import Done
+from tests.e2e.warm import complaint
 
 TWICE_AS_FINE = options(patch=2)
 
@@ -54,12 +54,6 @@ def test_it_goes_on_with_the_same_command_or_without_the_option(dalle, coarse, f
         assert done.code == 0, done.err
         assert "going on" in done.err
         assert config(fine)["grown_from"] == fingerprint(coarse / "prior" / "weights.safetensors")
-
-
-def complaint(done: Done) -> str:
-    assert done.code == 2, done.err
-    assert "Traceback" not in done.err
-    return done.err.splitlines()[-1].removeprefix("error: ")
 
 
 def test_a_run_that_was_begun_otherwise_is_refused(dalle, coarse, fine):

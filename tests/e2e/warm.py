@@ -58,6 +58,17 @@ class Done:
         return [Path(line) for line in self.out.splitlines()]
 
 
+def complaint(done: Done) -> str:
+    """The one line of a mistake."""
+    assert done.code == 2, done.err
+    assert "Traceback" not in done.err
+    complaints = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(complaints) == 1, done.err
+    assert done.err.splitlines()[-1] == complaints[0]
+    assert done.out == ""
+    return complaints[0].removeprefix("error: ")
+
+
 class Command:
     """A command under way."""
 
