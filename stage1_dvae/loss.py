@@ -3,7 +3,7 @@
 Everything is a mean over pictures and over what a picture consists of, so the loss does not depend
 on the batch size, and its two terms weigh the same at any geometry.
 
-Source: paper, §2.1 and App. A.2; the KL is that of the raw logits as a categorical (openai/DALL-E#26).
+Source: paper, §2.1 and App. A.2.
 """
 
 import math
@@ -16,29 +16,7 @@ from torch import Tensor
 
 from stage1_dvae.likelihood import log_likelihood
 from stage1_dvae.model import DVAE
-
-
-def relax(
-    log_q: Float[Tensor, "b grid grid v"], tau: float, generators: Sequence[torch.Generator]
-) -> Float[Tensor, "b grid grid v"]:
-    """A sample of the Gumbel-softmax relaxation, softmax((log q + Gumbel noise) / τ), over the last axis.
-
-    Each picture's noise comes from a generator of its own, so that it does not depend on the others.
-    """
-    shape, device = log_q.shape[1:], log_q.device
-    uniform = torch.stack([torch.rand(shape, generator=each, device=device) for each in generators])
-    gumbel = uniform.clamp_(min=2.0**-25).log_().neg_().log_().neg_()
-    return torch.softmax(gumbel.add_(log_q) / tau, dim=-1)
-
-
-def kl_to_uniform(log_q: Float[Tensor, "*n v"]) -> Float[Tensor, "*n"]:
-    """KL(q ‖ uniform) in nats; log_q holds normalised log-probabilities. Between 0 and ln v."""
-    return (log_q.exp() * log_q).sum(-1) + math.log(log_q.shape[-1])
-
-
-def posterior_mean(log_q: Float[Tensor, "b grid grid v"]) -> Float[Tensor, " v"]:
-    """How often each code is expected to be chosen."""
-    return log_q.exp().mean((0, 1, 2))
+from stage1_dvae.posterior import posterior
 
 
 @dataclass(frozen=True)
@@ -89,14 +67,12 @@ def elbo(
         Its terms, the posterior's log-probabilities, and the decoder's output for the relaxed codes.
     """
     logits = model.logits(pixels).float().permute(0, 2, 3, 1)  # the codes last: softmax runs along memory
-    log_q = torch.log_softmax(logits, dim=-1)
-    relaxed = relax(log_q, tau, generators)
-    decoded = model.decoded(relaxed.permute(0, 3, 1, 2)).float()
+    q = posterior(logits.flatten(1, 2), tau, generators, model.threads)
+    decoded = model.decoded(q.relaxed.view_as(logits).permute(0, 3, 1, 2)).float()
     nll = -log_likelihood(pixels, decoded, model.config.pixel_std).mean()
-    mean_q = posterior_mean(log_q)
+    mean_q = q.mean
     if mean_posterior is not None:
         mean_q = mean_q + (mean_posterior(mean_q.detach()) - mean_q.detach())
     usage = (mean_q * (mean_q + 1e-12).log()).sum() + math.log(len(mean_q))
-    _, h, w, _ = logits.shape
-    terms = Elbo(nll, kl_to_uniform(log_q).mean(), usage, positions=h * w, subpixels=pixels[0].numel())
-    return terms, log_q, decoded
+    terms = Elbo(nll, q.kl.mean(), usage, positions=q.kl[0].numel(), subpixels=pixels[0].numel())
+    return terms, q.log_q.view_as(logits), decoded

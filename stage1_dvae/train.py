@@ -26,7 +26,7 @@ from dalle.zero import whole
 from stage1_dvae.codebook import ALARM, CodebookWindow
 from stage1_dvae.config import PRESETS, DVAETraining
 from stage1_dvae.likelihood import log_likelihood, reconstruction
-from stage1_dvae.loss import elbo, posterior_mean
+from stage1_dvae.loss import elbo
 from stage1_dvae.model import DVAE, matrix_flops
 from stage1_dvae.start import pictures_needed, start_from_patches
 
@@ -136,7 +136,7 @@ class Stage1:
     @torch.no_grad()
     def _mean_of(self, pixels: Tensor) -> Tensor:
         logits = self.model.logits(to_pixels(pixels)).float()
-        return posterior_mean(logits.permute(0, 2, 3, 1).log_softmax(-1))
+        return logits.softmax(1).mean((0, 2, 3))
 
     def _over_processes(self, mean: Tensor) -> Tensor:
         return (topology().sum(mean) / topology().world).to(mean.device)

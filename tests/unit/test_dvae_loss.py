@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from stage1_dvae import loss as module
+from stage1_dvae import posterior as module
 from stage1_dvae.config import DVAEConfig
 from stage1_dvae.likelihood import log_density, map_pixels
-from stage1_dvae.loss import Elbo, elbo, kl_to_uniform, relax
+from stage1_dvae.loss import Elbo, elbo
 from stage1_dvae.model import DVAE
 
 BETA = 6.6
@@ -94,21 +94,6 @@ def test_metrics_are_in_nats_per_picture_and_bits_per_subpixel():
     assert metrics["bits_per_dim"] == pytest.approx(parts)
 
 
-@pytest.mark.parametrize("v", [2, 11, 8192])
-def test_kl_is_0_for_uniform_and_ln_v_for_a_certain_code(v):
-    uniform = torch.log_softmax(torch.full((3, v), 5.0), -1)
-    assert kl_to_uniform(uniform).abs().max() < 1e-5  # fp32 rounding of ln v
-    certain = torch.log_softmax(80.0 * torch.eye(v)[[0, v - 1]], -1)
-    torch.testing.assert_close(kl_to_uniform(certain), torch.full((2,), math.log(v)))
-
-
-def test_kl_is_within_its_bounds():
-    logits = torch.randn(500, 13, generator=seeded()) * torch.logspace(-3, 3, 500)[:, None]
-    kl = kl_to_uniform(torch.log_softmax(logits, -1))
-    assert kl.min() > -1e-6
-    assert kl.max() < math.log(13) + 1e-5
-
-
 def test_usage_is_0_when_all_codes_share_the_work_though_each_posterior_is_certain(model, monkeypatch):
     def certain(pixels):
         codes = torch.arange(25).reshape(1, 5, 5).repeat(11, 1, 1) + torch.arange(11)[:, None, None]
@@ -120,54 +105,10 @@ def test_usage_is_0_when_all_codes_share_the_work_though_each_posterior_is_certa
     assert terms.kl.item() == pytest.approx(math.log(11), rel=1e-5)
 
 
-def logits(*values: float, n: int) -> torch.Tensor:
-    return torch.log_softmax(torch.tensor(values), -1).expand(n, 1, 1, len(values))
-
-
-@pytest.mark.parametrize("tau", [1.0, 0.3, 1 / 16, 1e-3])
-def test_relaxed_codes_lie_on_the_simplex(tau):
-    relaxed = relax(
-        torch.log_softmax(5 * torch.randn(7, 3, 3, 5, generator=seeded()), -1), tau, [seeded(1)] * 7
-    )
-    assert relaxed.min() >= 0
-    torch.testing.assert_close(relaxed.sum(-1), torch.ones(7, 3, 3))
-
-
-@pytest.mark.parametrize("tau", [1.0, 1e-3])
-def test_the_largest_relaxed_code_is_a_sample_of_the_posterior(tau):
-    n, log_q = 20_000, logits(0.0, 1.0, 2.0, -1.0, 0.5, n=20_000)
-    counts = torch.bincount(relax(log_q, tau, [seeded()] * len(log_q)).argmax(-1).flatten(), minlength=5)
-    expected = n * log_q[0, 0, 0].exp()
-    chi_square = ((counts - expected).square() / expected).sum()
-    assert chi_square < 18.5  # 4 degrees of freedom: exceeded once in a thousand seeds
-
-
-def test_relaxed_codes_harden_as_tau_falls():
-    log_q = logits(0.0, 1.0, 2.0, -1.0, 0.5, n=2000)
-    largest = [
-        relax(log_q, tau, [seeded()] * len(log_q)).amax(-1).mean().item()
-        for tau in (1.0, 1 / 4, 1 / 16, 1e-3)
-    ]
-    assert largest == sorted(largest)
-    assert largest[0] < 0.7
-    assert largest[-1] > 0.995
-
-
 def test_noise_is_the_generators_alone(model):
     a, b, c = (elbo(model, pictures(2), tau=0.7, generators=[seeded(s)] * 2)[0].nll for s in (1, 1, 2))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
-
-
-def test_no_uniform_draw_makes_infinite_noise(monkeypatch):
-    def extremes(shape, **_options):
-        return torch.tensor([0.0, 1 - 2**-24]).expand(shape).clone()  # the least and greatest of torch.rand
-
-    monkeypatch.setattr(torch, "rand", extremes)
-    relaxed = relax(logits(0.0, 0.0, n=1), 10.0, [seeded()])
-    # noise −ln(25 ln 2) = −2.85 and 24 ln 2 = 16.64
-    smaller = 1 / (1 + math.exp((16.64 + 2.85) / 10))
-    assert relaxed[0, 0, 0].tolist() == pytest.approx([smaller, 1 - smaller], rel=1e-3)
 
 
 def test_both_halves_learn_from_the_loss(model):

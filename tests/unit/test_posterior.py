@@ -1,0 +1,109 @@
+"""The posterior over the codes: a relaxed sample, the KL, the use of the codes, and their gradients."""
+
+import math
+
+import pytest
+import torch
+
+from dalle.threads import Threads
+from stage1_dvae import posterior as module
+from stage1_dvae.posterior import Posterior, kl_to_uniform, posterior, relax
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def formulas(raw, tau, generators):
+    """The same from torch's own operations, for autograd to differentiate."""
+    log_q = torch.log_softmax(raw, -1)
+    noise = torch.stack([torch.rand(raw.shape[1:], generator=g).clamp(min=2.0**-25) for g in generators])
+    relaxed = torch.softmax((log_q - (-noise.log()).log()) / tau, -1)
+    q = log_q.exp()
+    return log_q, relaxed, (q * log_q).sum(-1) + math.log(raw.shape[-1]), q.mean((0, 1))
+
+
+@pytest.mark.parametrize(("threads", "at_once"), [(1, 2**20), (1, 1), (2, 40), (4, 1)])
+def test_values_and_gradients_are_those_of_the_formulas(threads, at_once, monkeypatch):
+    """Whatever the temperature, the number of threads and the rows that are taken at a time."""
+    monkeypatch.setattr(module, "AT_ONCE", at_once)
+    raw = 3 * torch.randn(5, 7, 13, generator=seeded())
+    upstream = [torch.randn(shape, generator=seeded(9)) for shape in ((5, 7, 13), (5, 7), (13,))]
+    found = []
+    for form in (lambda *args: posterior(*args, Threads(threads)), formulas):
+        x = raw.clone().requires_grad_()
+        values = form(x, 0.6, [seeded(i) for i in range(5)])
+        sum((v * g).sum() for v, g in zip(values[1:], upstream, strict=True)).backward()
+        found.append([*(v.detach() for v in values), x.grad])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # fp32, other orders of summation
+
+
+@pytest.mark.parametrize("which", ["relaxed", "kl", "mean"])
+def test_each_result_has_a_gradient_of_its_own(which):
+    raw, index = 3 * torch.randn(2, 3, 11, generator=seeded()), Posterior._fields.index(which)
+    found = []
+    for form in (posterior, formulas):
+        x = raw.clone().requires_grad_()
+        form(x, 1.3, [seeded(i) for i in range(2)])[index].square().sum().backward()
+        found.append(x.grad)
+    assert found[1].abs().max() > 1e-4
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("v", [2, 11, 8192])
+def test_kl_is_0_for_uniform_and_ln_v_for_a_certain_code(v):
+    uniform = torch.log_softmax(torch.full((3, v), 5.0), -1)
+    assert kl_to_uniform(uniform, uniform.exp()).abs().max() < 1e-5  # fp32 rounding of ln v
+    certain = torch.log_softmax(80.0 * torch.eye(v)[[0, v - 1]], -1)
+    torch.testing.assert_close(kl_to_uniform(certain, certain.exp()), torch.full((2,), math.log(v)))
+
+
+def test_kl_is_within_its_bounds():
+    logits = torch.randn(500, 13, generator=seeded()) * torch.logspace(-3, 3, 500)[:, None]
+    log_q = torch.log_softmax(logits, -1)
+    kl = kl_to_uniform(log_q, log_q.exp())
+    assert kl.min() > -1e-6
+    assert kl.max() < math.log(13) + 1e-5
+
+
+def logits(*values: float, n: int) -> torch.Tensor:
+    return torch.log_softmax(torch.tensor(values), -1).expand(n, 1, len(values))
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.3, 1 / 16, 1e-3])
+def test_relaxed_codes_lie_on_the_simplex(tau):
+    relaxed = relax(torch.log_softmax(5 * torch.randn(7, 9, 5, generator=seeded()), -1), tau, [seeded(1)] * 7)
+    assert relaxed.min() >= 0
+    torch.testing.assert_close(relaxed.sum(-1), torch.ones(7, 9))
+
+
+@pytest.mark.parametrize("tau", [1.0, 1e-3])
+def test_the_largest_relaxed_code_is_a_sample_of_the_posterior(tau):
+    n, log_q = 20_000, logits(0.0, 1.0, 2.0, -1.0, 0.5, n=20_000)
+    counts = torch.bincount(relax(log_q, tau, [seeded()] * len(log_q)).argmax(-1).flatten(), minlength=5)
+    expected = n * log_q[0, 0].exp()
+    chi_square = ((counts - expected).square() / expected).sum()
+    assert chi_square < 18.5  # 4 degrees of freedom: exceeded once in a thousand seeds
+
+
+def test_relaxed_codes_harden_as_tau_falls():
+    log_q = logits(0.0, 1.0, 2.0, -1.0, 0.5, n=2000)
+    largest = [
+        relax(log_q, tau, [seeded()] * len(log_q)).amax(-1).mean().item()
+        for tau in (1.0, 1 / 4, 1 / 16, 1e-3)
+    ]
+    assert largest == sorted(largest)
+    assert largest[0] < 0.7
+    assert largest[-1] > 0.995
+
+
+def test_no_uniform_draw_makes_infinite_noise(monkeypatch):
+    def extremes(shape, **_options):
+        return torch.tensor([0.0, 1 - 2**-24]).expand(shape).clone()  # the least and greatest of torch.rand
+
+    monkeypatch.setattr(torch, "rand", extremes)
+    relaxed = relax(logits(0.0, 0.0, n=1), 10.0, [seeded()])
+    # noise −ln(25 ln 2) = −2.85 and 24 ln 2 = 16.64
+    smaller = 1 / (1 + math.exp((16.64 + 2.85) / 10))
+    assert relaxed[0, 0].tolist() == pytest.approx([smaller, 1 - smaller], rel=1e-3)
