@@ -113,20 +113,19 @@ def train_prior(
     from dalle.runs import Options, machine_preset
     from stage2_prior.train import resolve, train
 
-    codes = codes_of(run)
-    began = read_json(run / "dvae" / "config.json")
-    imported = "training" not in began
-    suits = {
-        "preset": machine_preset() if imported else began["preset"],
-        "data": "scenes" if imported else began["data"],
-    }
     options = Options(run, data, preset, steps, _with_zero(settings, zero))
-    if show_config:
-        resolve(options, codes, **suits).show()
-        return
-    coarse = coarse_of(grow_from) if grow_from else None
-    with joined(processes):
-        done = train(options, codes, **suits, coarse=coarse)
+    with joined(None if show_config else processes):  # first: it decides which GPU is this process' own
+        codes = codes_of(run)
+        began = read_json(run / "dvae" / "config.json")
+        imported = "training" not in began
+        suits = {
+            "preset": machine_preset() if imported else began["preset"],
+            "data": "scenes" if imported else began["data"],
+        }
+        if show_config:
+            resolve(options, codes, **suits).show()
+            return
+        done = train(options, codes, **suits, coarse=coarse_of(grow_from) if grow_from else None)
     if not done:
         raise typer.Exit(1)
 
@@ -257,13 +256,15 @@ def reconstruct(
     out: opt.ReconstructionFolder = None,
 ) -> None:
     """Pictures through the dVAE and back; prints the path of each pair, before and after."""
-    from dalle.builtin import find_run
+    from dalle.builtin import FOLDER, find_run
     from dalle.drawings import save_reconstructions
     from dalle.precision import best_device
     from stage1_dvae.model import DVAE
 
-    model = DVAE.load(find_run(run) / "dvae", best_device())
-    for path in save_reconstructions(out or run / "reconstructions", model, images):
+    found = find_run(run)
+    model = DVAE.load(found / "dvae", best_device())
+    folder = out or (Path() if found == FOLDER else run) / "reconstructions"
+    for path in save_reconstructions(folder, model, images):
         typer.echo(path)
 
 

@@ -5,7 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,19 +22,19 @@ from dalle.console import say
 from dalle.data.augment import stage2_crop
 from dalle.data.loader import Loader
 from dalle.data.open import open_source
-from dalle.engine import Engine
-from dalle.optim import AdamW, Average
 from dalle.pipeline import TextToImage
 from dalle.precision import DTYPES, Arithmetic, arithmetic, best_device, choose
 from dalle.process import keep_freed_memory
 from dalle.threads import Threads, cores
+from dalle.wiring import make_engine
 from stage1_dvae.config import PRESETS as DVAE_PRESETS
 from stage1_dvae.config import DVAEConfig
 from stage1_dvae.loss import elbo
 from stage1_dvae.model import DVAE
 from stage1_dvae.model import matrix_flops as dvae_flops
 from stage2_prior import backends
-from stage2_prior.config import PriorConfig
+from stage2_prior.config import PRESETS as PRIOR_PRESETS
+from stage2_prior.config import PriorConfig, PriorTraining
 from stage2_prior.decode import Decoder
 from stage2_prior.loss import losses
 from stage2_prior.model import Prior
@@ -44,8 +44,8 @@ from stage2_prior.sample import Sampling, draw, noise, read
 LEAST = 5  # runs of everything; the median counts
 
 
-# The shapes of the built-in model, and the paper's geometry at a size for CPUs.
-SMALL = PriorConfig(text_length=34, text_vocab=403, image_vocab=2048, grid=8, depth=4, width=128, heads=4)
+# What the preset `tiny` trains on the scenes, and the paper's geometry at a size for CPUs.
+SMALL = replace(PRIOR_PRESETS["tiny"][0], text_vocab=441, image_vocab=4096, grid=9)
 PAPER = PriorConfig(depth=8, width=512, heads=8)
 
 
@@ -80,11 +80,12 @@ def bench(cases: Cases | None = None) -> dict[str, Any]:
     cases, device = cases or Cases(), best_device()
     precision, began = choose("auto", device), time.monotonic()
     rows = _ceilings(device, precision, cases)
-    for label, config, batch in (
-        ("8×8 cells", cases.small, cases.small_batch),
-        ("32×32 cells", cases.paper, cases.paper_batch),
+    for config, batch, preset in (
+        (cases.small, cases.small_batch, "tiny"),
+        (cases.paper, cases.paper_batch, "paper"),
     ):
-        rows += _prior_step(label, config, batch, device, precision)
+        training = replace(PRIOR_PRESETS[preset][1], batch_size=batch)
+        rows += _prior_step(config, training, device, precision)
     rows += _drawing(cases, device, precision, rate=next(row.value for row in rows if row.unit == "GB/s"))
     rows += _dvae(cases, device, precision)
     rows += _data(cases)
@@ -163,22 +164,20 @@ def _ceilings(device: torch.device, precision: Arithmetic, cases: Cases) -> list
     ]
 
 
-def _engine(model: torch.nn.Module, precision: Arithmetic) -> Engine:
-    optimizer = AdamW(model, betas=(0.9, 0.96), weight_decay=0.045)
-    average = Average(model.parameters(), 0.99, 25)
-    return Engine(model, optimizer, average, clip=4.0, precision=precision)
-
-
 def _prior_step(
-    label: str, config: PriorConfig, batch: int, device: torch.device, precision: Arithmetic
+    config: PriorConfig, training: PriorTraining, device: torch.device, precision: Arithmetic
 ) -> list[Row]:
+    label, batch = _cells(config), training.batch_size
     say(f"bench: training the prior, {label}")
     threads = Threads(cores(device))
     chosen = backends.choose("auto", config, max(1, batch // threads.count), DTYPES[precision], device)
     model = Prior(config).to(device)
     model.attend_by(chosen)
     tokens, codes, words = _captions_and_codes(config, batch)
-    tokens, codes, engine = tokens.to(device), codes.to(device), _engine(model, precision)
+    tokens, codes = tokens.to(device), codes.to(device)
+    engine = make_engine(
+        model, training, precision, variance_limit=training.variance_limit, matrices=model.matrices()
+    )
 
     def step() -> None:
         with engine.arithmetic():
@@ -191,6 +190,10 @@ def _prior_step(
     what = f"training, prior, {label}, depth {config.depth}, width {config.width}, batch {batch} ({chosen})"
     share = rate / gemm_rate(device, precision)
     return [Row(what, batch * config.length / took, "tokens/s", share, f"products in {precision}")]
+
+
+def _cells(config: PriorConfig) -> str:
+    return f"{config.grid}×{config.grid} cells"
 
 
 def _captions_and_codes(config: PriorConfig, batch: int) -> tuple[Tensor, Tensor, int]:
@@ -221,13 +224,15 @@ def _drawing(cases: Cases, device: torch.device, precision: Arithmetic, rate: fl
             times.clear()
             for _ in range(min(cases.drawn, cases.paper.cells)):
                 next(stream)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
                 now = time.perf_counter()
                 times.append(now - before)
                 before = now
     took = median(times[1:])
     inside = sum(p.numel() for p in model.layers.parameters()) + model.image_head.weight.numel()
     share = 4 * inside / (rate * 1e9) / took
-    what = f"drawing, 32×32 cells, width {cases.paper.width}, one picture ({decoder.weights})"
+    what = f"drawing, {_cells(cases.paper)}, width {cases.paper.width}, one picture ({decoder.weights})"
     return [*rows, Row(what, 1 / took, "image tokens/s", share, "weights streamed in fp32")]
 
 
@@ -235,7 +240,7 @@ def _dvae(cases: Cases, device: torch.device, precision: Arithmetic) -> list[Row
     say("bench: the dVAE")
     config, batch = cases.dvae, cases.dvae_batch
     model = DVAE(config).to(device).for_speed()
-    engine = _engine(model, precision)
+    engine = make_engine(model, DVAE_PRESETS["tiny"][1], precision)
     pixels = torch.rand(batch, 3, config.image_size, config.image_size, device=device)
     generators = [torch.Generator(device).manual_seed(i) for i in range(batch)]
 

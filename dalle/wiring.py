@@ -151,8 +151,7 @@ def make_engine(
 
 def make_loader(source: Source, prepare: Prepare, config: Training, min_side: int) -> Loader:
     """The stream of this process' micro-batches."""
-    world = topology().world
-    size = config.batch_size // world // config.micro_batches(world)
+    size = config.together(topology().world)
     return Loader(
         source, prepare, batch_size=size, seed=config.seed, workers=config.workers, min_side=min_side
     )

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from dalle.threads import Threads
 
-AT_ONCE = 2**19  # log-probabilities that a thread takes on at a time
+AT_ONCE = {
+    "cpu": 2**19,
+    "cuda": 2**26,
+}  # log-probabilities at a time: what a core's cache holds; enough for a GPU
 
 
 class Posterior(NamedTuple):
@@ -42,7 +45,7 @@ def posterior(
         generators: of the noise, one for each picture.
         threads: share out the pictures; the same sample and the same KL.
     """
-    return Posterior(*_Posterior.apply(logits, tau, generators, threads or Threads(1)))
+    return Posterior(*_Posterior.apply(logits.contiguous(), tau, generators, threads or Threads(1)))
 
 
 def relax(
@@ -84,26 +87,27 @@ class _Posterior(torch.autograd.Function):
         used = threads.map(run, _shares(len(logits), threads))
         ctx.save_for_backward(log_q, relaxed)
         ctx.mark_non_differentiable(log_q)
+        ctx.set_materialize_grads(False)  # zeros for log_q would be as large as it is
         ctx.tau, ctx.threads = tau, threads
         return log_q, relaxed, kl, torch.stack(used).sum(0) / kl.numel()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         log_q, relaxed = ctx.saved_tensors
         _, of_relaxed, of_kl, of_mean = grads
-        grad, of_mean = torch.empty_like(log_q), of_mean / of_kl.numel()
+        grad = torch.empty_like(log_q)
         through_softmax = torch.ops.aten._softmax_backward_data  # p, dp -> p (dp - Σ p dp)
+        of_kl = log_q.new_zeros(log_q.shape[:2]) if of_kl is None else of_kl
+        of_mean = log_q.new_zeros(log_q.shape[2]) if of_mean is None else of_mean / of_kl.numel()
 
         def run(pictures: range) -> None:
             for rows in _rows(log_q, pictures):
-                # The noisy softmax and q are both of the logits: normalising them first changes neither.
-                sample = through_softmax(of_relaxed[rows], relaxed[rows], -1, grad.dtype)
                 # d(Σ q ln q)/dq is ln q + 1, and the 1 falls out.
                 of_q = torch.addcmul(of_mean, log_q[rows], of_kl[rows][..., None])
-                torch.add(
-                    through_softmax(of_q, log_q[rows].exp(), -1, grad.dtype), sample, alpha=1 / ctx.tau,
-                    out=grad[rows],
-                )  # fmt: skip
+                grad[rows] = through_softmax(of_q, log_q[rows].exp(), -1, grad.dtype)
+                if of_relaxed is not None:  # as if log_q were the logits: normalising changes neither softmax
+                    sample = through_softmax(of_relaxed[rows], relaxed[rows], -1, grad.dtype)
+                    grad[rows].add_(sample, alpha=1 / ctx.tau)
 
         ctx.threads.map(run, _shares(len(grad), ctx.threads))
         return grad, None, None, None
@@ -116,12 +120,10 @@ def _shares(pictures: int, threads: Threads) -> list[range]:
 
 
 def _rows(x: Float[Tensor, "b n v"], pictures: range) -> Iterator[tuple[slice, slice]]:
-    """Where in x some rows of one picture after the other lie; on a GPU, those of all pictures."""
-    if x.device.type != "cpu":
-        yield slice(pictures.start, pictures.stop), slice(None)
-        return
+    """Where in x the next few lie: some pictures, or where one alone is too large, some rows of it."""
     _, n, v = x.shape
-    size = max(1, AT_ONCE // v)
-    for picture in pictures:
-        for at in range(0, n, size):
-            yield slice(picture, picture + 1), slice(at, at + size)
+    at_once = AT_ONCE[x.device.type]
+    together, rows = max(1, at_once // (n * v)), min(n, max(1, at_once // v))
+    for picture in range(pictures.start, pictures.stop, together):
+        for row in range(0, n, rows):
+            yield slice(picture, min(picture + together, pictures.stop)), slice(row, row + rows)

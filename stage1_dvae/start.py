@@ -120,23 +120,24 @@ def k_means(
     points: Float[Tensor, "n d"], weights: Float[Tensor, " n"], count: int, generator: torch.Generator
 ) -> Float[Tensor, "count d"]:
     """`count` centres of weighted points, begun far apart (k-means++, many centres at a time)."""
-    if len(points) < count:  # then some codes share a patch, apart by less than a level of grey
-        extra = torch.randint(len(points), (count - len(points),), generator=generator)
-        twins = points[extra] + 1e-3 * torch.randn(len(extra), points.shape[1], generator=generator)
-        return torch.cat([points, twins])
+    mean = points.mean(0)
+    points = points - mean  # or patches that are nearly alike would be so within the rounding of distances
     centres = points[weights.argmax()][None]
     distance = _nearest(points, centres)[0].square()
-    while len(centres) < count:
-        more = min(len(centres) // 4 + 1, count - len(centres), int((distance > 0).sum()))
+    while len(centres) < count and (apart := int((distance > 0).sum())):
+        more = min(len(centres) // 4 + 1, count - len(centres), apart)
         chosen = points[torch.multinomial(distance, more, generator=generator)]
         centres = torch.cat([centres, chosen])
         distance = torch.minimum(distance, _nearest(points, chosen)[0].square())
+    if missing := count - len(centres):  # these codes share a patch, apart by less than a level of grey
+        twins = centres[torch.randint(len(centres), (missing,), generator=generator)]
+        centres = torch.cat([centres, twins + 1e-3 * torch.randn(twins.shape, generator=generator)])
     for _ in range(ROUNDS):
         owner = _nearest(points, centres)[1]
         mass = weights.new_zeros(count).index_add_(0, owner, weights)
         sums = torch.zeros_like(centres).index_add_(0, owner, points * weights[:, None])
         centres = torch.where(mass[:, None] > 0, sums / mass.clamp_min(1e-9)[:, None], centres)
-    return centres
+    return centres + mean
 
 
 def _nearest(points: Float[Tensor, "n d"], centres: Float[Tensor, "k d"]) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ from stage1_dvae.start import pictures_needed, start_from_patches
 
 EVALUATION = 1 << 40  # keys the noise of evaluations apart from that of any step
 SHOWN = 8  # pictures in the grid of an evaluation
-DRAWN_AT_ONCE = 64  # held-out pictures in one forward pass
+AT_ONCE = 64  # held-out pictures in one forward pass, at most: no more than in training
 
 
 def resolve(options: Options) -> Plan:
@@ -165,8 +165,9 @@ class Stage1:
         """Held-out ELBO; relaxed against hard reconstructions; a grid of both in pictures/."""
         sums: dict[str, float] = {}
         window = CodebookWindow(self.run.model.vocab_size)
-        for start in range(0, len(self.heldout), DRAWN_AT_ONCE):
-            pixels = to_pixels(self.heldout[start : start + DRAWN_AT_ONCE])
+        at_once = min(AT_ONCE, self.config.together(topology().world))
+        for start in range(0, len(self.heldout), at_once):
+            pixels = to_pixels(self.heldout[start : start + at_once])
             places = range(start, start + len(pixels))
             noise = [keyed(pixels.device, self.config.seed, EVALUATION, place) for place in places]
             terms, log_q, relaxed = elbo(self.model, pixels, tau=self.tau(step), generators=noise)

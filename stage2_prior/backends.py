@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from dalle.console import warn
 from dalle.errors import ConfigError
 from dalle.threads import cores
 from stage2_prior.config import Backend, PriorConfig
@@ -200,6 +201,9 @@ class Flex(Dense):
 
 @cache
 def _compiled() -> Any:
+    # Beyond dynamo's limit of forms (8) attention would run uncompiled: three masks, times the batch sizes of
+    # the choice below, of training and of evaluation, with gradients and without.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -222,6 +226,8 @@ def choose(
 ) -> Backend:
     """Resolve `auto`: the fastest here, measured by some passes over `pictures` sequences in each form.
 
+    Forms that fail, for want of memory or of a compiler, are out.
+
     Raises:
         ConfigError: FlexAttention is asked for where it cannot train.
     """
@@ -238,14 +244,22 @@ def choose(
     if cores(device) > 1:
         torch.set_num_threads(1)  # as in training, where each core has pictures of its own
     try:
-        best = dict.fromkeys(usable, float("inf"))
-        for turn in range(1 + TRIES):  # the first one warms up
-            for name in usable:
-                took = _seconds(layers[name], config.heads, qkv)
-                best[name] = min(best[name], took) if turn else best[name]
+        best: dict[Backend, float] = {}
+        for name in usable:
+            try:
+                _seconds(layers[name], config.heads, qkv)  # warms up
+                best[name] = float("inf")
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                warn(f"attention={name} does not work here: {type(error).__name__}: {reason}")
+        for _ in range(TRIES):
+            for name in best:
+                best[name] = min(best[name], _seconds(layers[name], config.heads, qkv))
     finally:
         torch.set_num_threads(threads)
-    return min(usable, key=best.__getitem__)
+    if not best:
+        raise ConfigError("no form of attention works here: see the warnings above")
+    return min(best, key=best.__getitem__)
 
 
 def _seconds(layers: list[Attend], heads: int, qkv: Tensor) -> float:

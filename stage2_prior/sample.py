@@ -12,6 +12,8 @@ from dalle.errors import ConfigError
 from dalle.text import NO_TOKEN
 from stage2_prior.decode import Decoder, Text
 
+COLD = 1e-6  # below this temperature logits over it overflow, and the likeliest code is drawn anyway
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -54,7 +56,7 @@ def noise(seed: int, pictures: range, cells: int) -> Float[Tensor, "n cells"]:
 
 def choose(logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"], how: Sampling) -> Int[Tensor, " b"]:
     """Draw a code from each row: the one in whose share of [0, 1) the row's uniform number falls."""
-    if how.temperature == 0:
+    if how.temperature < COLD:
         return logits.argmax(-1)
     if how.temperature != 1:
         logits = logits / how.temperature

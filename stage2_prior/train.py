@@ -44,7 +44,7 @@ from stage2_prior.sample import Sampling, draw, noise, read
 
 SHOWN = 8  # prompts drawn at every evaluation
 TRIED = 8  # pictures, at most, with which forms of attention are timed
-AT_ONCE = 32  # held-out pictures in one forward pass
+AT_ONCE = 32  # held-out pictures in one forward pass, at most: no more than in training
 SCENE_PROMPTS = (
     "a red circle", "a small blue star", "a large green triangle", "three yellow squares",
     "a red circle left of a blue square", "a purple heart above a cyan diamond", "two orange crosses",
@@ -155,7 +155,7 @@ def prepare(
 def _attention(run: Plan, device: torch.device, precision: Arithmetic) -> Backend:
     """The setting resolved. It is kept in config.json: a run that goes on has to give the same bits."""
     config: PriorTraining = run.training
-    pictures = max(1, config.batch_size // config.micro_batches(topology().world) // cores(device))
+    pictures = max(1, config.together(topology().world) // cores(device))
     return backends.choose(config.attention, run.model, min(pictures, TRIED), DTYPES[precision], device)
 
 
@@ -267,7 +267,8 @@ class Stage2:
         self.plateau = Plateau(self.config.patience)
         self.cut = self.seen = 0  # captions cut to the text slots, and all captions, since the start
         self.heldout_tokens = heldout[1]
-        self.heldout_codes = torch.cat([self.encode(part) for part in heldout[0].split(AT_ONCE)])
+        self.at_once = min(AT_ONCE, self.config.together(topology().world))
+        self.heldout_codes = torch.cat([self.encode(part) for part in heldout[0].split(self.at_once)])
         counts = torch.bincount(self.heldout_codes.flatten(), minlength=codes.vocab_size).double()
         p = counts[counts > 0] / counts.sum()
         self.unigram_entropy = float((p * -p.log()).sum())
@@ -312,15 +313,14 @@ class Stage2:
         }
 
     def after(self, loss: float) -> None:
-        """The plateau rule watches the training loss, once warm."""
+        """The plateau rule watches the training loss."""
         self.plateau.observe(loss)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out losses, and drawings of the fixed prompts in pictures/ unless the model is partitioned."""
         sums: dict[str, float] = {}
-        for tokens, codes in zip(
-            self.heldout_tokens.split(AT_ONCE), self.heldout_codes.split(AT_ONCE), strict=True
-        ):
+        parts = (held.split(self.at_once) for held in (self.heldout_tokens, self.heldout_codes))
+        for tokens, codes in zip(*parts, strict=True):
             text, image = losses(self.model, tokens, codes, threads=self.threads)
             for name, value in {"loss": self.weighted(text, image), **self.metrics(text, image)}.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(codes) / len(self.heldout_codes)

@@ -23,6 +23,14 @@ def test_it_draws_by_its_name_and_leaves_the_package_alone(dalle, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in FOLDER.rglob("*")} == before
 
 
+def test_pictures_through_it_do_not_hide_it_behind_a_folder_of_its_name(dalle, tmp_path):
+    Image.new("RGB", (80, 80), "red").save(tmp_path / "red.png")
+    done = dalle("reconstruct", "red.png", "--run", "scenes", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.out.startswith("reconstructions/")
+    assert not (tmp_path / "scenes").exists()
+
+
 def test_it_is_what_draws_where_nothing_was_trained_yet_and_says_so(dalle, tmp_path):
     done = dalle("sample", "a red circle", cwd=tmp_path)
     assert done.code == 0, done.err

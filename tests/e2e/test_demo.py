@@ -16,7 +16,7 @@ SMALL = {"batch_size": 4, "workers": 0, "precision": "fp32", "eval_pictures": 3}
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """The preset, cut down to what a second trains; 64 pixels stay, for the judge."""
+    """The preset, cut down to what a second trains; 72 pixels stay, for the judge."""
     model, training = DVAE_PRESETS["tiny"]
     model = dataclasses.replace(model, vocab_size=16, hidden=12, codebook_width=12, blocks_per_group=1)
     monkeypatch.setitem(DVAE_PRESETS, "tiny", (model, dataclasses.replace(training, **SMALL)))

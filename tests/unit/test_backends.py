@@ -137,6 +137,31 @@ def test_the_fastest_is_chosen(fastest, monkeypatch):
     assert choose("auto", shape(7, 4, 3), 2, torch.float32, CPU) == fastest
 
 
+@pytest.mark.parametrize("broken", ["dense", "block"])
+def test_a_form_that_fails_is_left_out_and_named(broken, monkeypatch, capsys):
+    kind = BACKENDS[broken]
+
+    def seconds(layers, *_):
+        if type(layers[0]) is kind:
+            raise RuntimeError("out of memory\nand a long explanation")
+        return 1.0
+
+    monkeypatch.setattr(backends, "_seconds", seconds)
+    assert choose("auto", shape(7, 4, 3), 2, torch.float32, CPU) == ({"dense", "block"} - {broken}).pop()
+    said = capsys.readouterr().err
+    assert f"attention={broken} does not work here: RuntimeError: out of memory" in said
+    assert "long explanation" not in said
+
+
+def test_where_every_form_fails_training_ends_with_one_line(monkeypatch):
+    def seconds(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(backends, "_seconds", seconds)
+    with pytest.raises(ConfigError, match="no form of attention works here"):
+        choose("auto", shape(7, 4, 3), 2, torch.float32, CPU)
+
+
 def test_every_form_can_be_measured_here():
     assert choose("auto", shape(7, 4, 3), 2, torch.float32, CPU) in ("dense", "block")
 

@@ -11,9 +11,10 @@ from tests import tiny
 
 CASES = bench.Cases(
     small=PriorConfig(**tiny.PRIOR_SHAPE), small_batch=3,
-    paper=PriorConfig(**tiny.PRIOR_SHAPE), paper_batch=1, drawn=4,
+    paper=PriorConfig(**{**tiny.PRIOR_SHAPE, "grid": 6}), paper_batch=1, drawn=4,
     dvae=DVAEConfig(**tiny.DVAE_SHAPE), dvae_batch=2, copied=1,
 )  # fmt: skip
+SMALL = f"training, prior, {CASES.small.grid}×"
 
 
 @pytest.fixture
@@ -30,12 +31,12 @@ def test_everything_is_measured_against_a_ceiling_of_the_same_run(tmp_path, smal
     path = bench.report(result, tmp_path / "new")
     assert json.loads(path.read_text()) == result
     rows = {row["what"]: row for row in result["rows"]}
-    for part in ("matrix products", "copy", "training, prior, 8", "training, prior, 32", "training, dVAE",
-                 "drawing, built-in", "drawing, 32", "encoding", "decoding", "data"):  # fmt: skip
+    for part in ("matrix products", "copy", SMALL, "training, prior, 6×", "training, dVAE",
+                 "drawing, built-in", "drawing, 6×", "encoding", "decoding", "data"):  # fmt: skip
         assert any(what.startswith(part) for what in rows), part
     assert all(row["value"] > 0 for row in result["rows"])
     for what, row in rows.items():
-        assert (row["share"] is not None) == what.startswith(("training", "drawing, 32")), what
+        assert (row["share"] is not None) == what.startswith(("training", "drawing, 6×")), what
     table = path.with_suffix(".txt").read_text()
     assert "tokens/s" in table
 

@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 
+from cli.main import train_prior
 from dalle.distributed import place
-from dalle.errors import ConfigError
+from dalle.errors import CheckpointError, ConfigError
 from dalle.launch import LOST, launched
 
 LAUNCH = """
@@ -144,3 +146,22 @@ def test_alone_nothing_is_launched():
 def test_a_place_that_is_not_told_is_asked_for(missing):
     with pytest.raises(ConfigError, match=f"none of {missing}, SLURM"):
         place({name: value for name, value in TORCHRUN.items() if name != missing})
+
+
+def test_a_process_has_its_gpu_before_anything_is_put_onto_one(monkeypatch):
+    order = []
+
+    @contextmanager
+    def joined(_asked):
+        order.append("joined")
+        yield
+
+    def codes_of(_run):
+        order.append("dVAE")
+        raise CheckpointError("that will do")
+
+    monkeypatch.setattr("dalle.distributed.joined", joined)
+    monkeypatch.setattr("dalle.pipeline.codes_of", codes_of)
+    with pytest.raises(CheckpointError, match="that will do"):
+        train_prior()
+    assert order == ["joined", "dVAE"]

@@ -23,11 +23,14 @@ def formulas(raw, tau, generators):
     return log_q, relaxed, (q * log_q).sum(-1) + math.log(raw.shape[-1]), q.mean((0, 1))
 
 
-@pytest.mark.parametrize(("threads", "at_once"), [(1, 2**20), (1, 1), (2, 40), (4, 1)])
-def test_values_and_gradients_are_those_of_the_formulas(threads, at_once, monkeypatch):
-    """Whatever the temperature, the number of threads and the rows that are taken at a time."""
-    monkeypatch.setattr(module, "AT_ONCE", at_once)
+@pytest.mark.parametrize(("threads", "at_once"), [(1, 2**20), (1, 1), (2, 200), (2, 40), (4, 1)])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_values_and_gradients_are_those_of_the_formulas(threads, at_once, channels_last, monkeypatch):
+    """However many threads share them, and however much is taken at a time."""
+    monkeypatch.setattr(module, "AT_ONCE", {"cpu": at_once})
     raw = 3 * torch.randn(5, 7, 13, generator=seeded())
+    if not channels_last:
+        raw = raw.mT.contiguous().mT
     upstream = [torch.randn(shape, generator=seeded(9)) for shape in ((5, 7, 13), (5, 7), (13,))]
     found = []
     for form in (lambda *args: posterior(*args, Threads(threads)), formulas):

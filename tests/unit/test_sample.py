@@ -150,8 +150,9 @@ def test_frequencies_follow_the_softmax():
         torch.testing.assert_close(shares, torch.softmax(logits / temperature, -1), rtol=0, atol=2e-4)
 
 
-def test_temperature_zero_takes_the_likeliest_whatever_the_noise():
-    assert {chosen(u, temperature=0.0) for u in np.linspace(0, 1, 101)} == {1}
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-38, 1e-9, 2e-6])
+def test_temperatures_near_zero_take_the_likeliest_whatever_the_noise(temperature):
+    assert {chosen(u, temperature=temperature) for u in np.linspace(0, 1, 101)} == {1}
 
 
 @pytest.mark.parametrize(

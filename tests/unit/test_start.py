@@ -92,6 +92,26 @@ def test_centres_are_the_weighted_means_of_what_is_nearest_to_them():
         assert torch.cdist(mean[None], found).min() < 1e-4
 
 
+@pytest.mark.parametrize("grey", [0.5, 0.89])
+def test_patches_that_differ_by_a_level_of_grey_have_centres_of_their_own(grey):
+    """Light sketches and icons: distances between such patches are lost in the rounding of their squares."""
+    generator = torch.Generator().manual_seed(5)
+    points = torch.full((300, 192), grey)
+    points[torch.arange(300), torch.randint(192, (300,), generator=generator)] -= (
+        0.003 * torch.arange(1, 301) / 300
+    )
+    found = k_means(points, torch.ones(300), 256, generator)
+    assert len(found.unique(dim=0)) == 256
+
+
+def test_codes_beyond_the_patches_there_are_stay_near_one():
+    points = torch.rand(7, 12, generator=torch.Generator().manual_seed(5))
+    found = k_means(points, torch.ones(7), 20, torch.Generator().manual_seed(0))
+    assert len(found.unique(dim=0)) == 20
+    assert torch.cdist(found, points).amin(0).max() < 1e-3
+    assert torch.cdist(found, points).amin(1).max() < 0.01
+
+
 def test_enough_pictures_are_asked_for():
     config = dataclasses.replace(TINY, vocab_size=100)
     assert pictures_needed(config) * config.grid**2 >= 4 * 32 * 100
