@@ -61,11 +61,11 @@ class Choice:
             "stage": f"--zero {self.stage}",
             "moments": f"--set moments={self.moments}",
             "recompute": f"--set recompute={str(self.recompute).lower()}",
-            "micro_batch": f"{self.micro_batch} pictures in one pass of a GPU",
-            "offload": "--offload cpu",
-            "rank": f"rank {self.rank} between machines" if self.rank else "no compression between machines",
+            "micro_batch": f"--set micro_batch={self.micro_batch}",
+            "offload": f"--set offload={'cpu' if self.offload else 'none'}",
+            "rank": f"--set compression_rank={self.rank}",
         }
-        return ", ".join(w for name, w in words.items() if getattr(self, name) != getattr(other, name))
+        return " ".join(w for name, w in words.items() if getattr(self, name) != getattr(other, name))
 
 
 def size_in_bytes(text: str) -> float:

@@ -238,8 +238,8 @@ class Engine:
         return self.parameters
 
     def _errors(self) -> dict[str, dict[str, Part]]:
-        """The error sums of compressed gradients, so far as this process holds them."""
-        if self.compression is None:
+        """The error sums of compressed gradients, so far as this process holds them; one machine has none."""
+        if self.compression is None or self.compression.wire.machines == 1:
             return {}
         held = self.compression.sums()
         empty = torch.empty(0, dtype=self.compression.dtype)

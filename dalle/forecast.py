@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dalle.cluster import Choice, Cluster
+from dalle.overlap import BLOCK
 from dalle.zero import BUCKET, LIVE
 from stage2_prior.config import PriorConfig, PriorTraining
 from stage2_prior.footprint import Footprint, flops, footprint, parameters
@@ -55,7 +56,7 @@ def memory(
     halved = choice.weights == "fp16" and stage == 0
     held = held or footprint(model, choice.micro_batch, choice.recompute, precision, halved=halved)
     activations = held.partitioned if stage >= 2 else held.whole - 4 * n
-    errors = 2.0 * matrices / shards if choice.rank else 0.0
+    errors = 2.0 * matrices / (shards if stage else 1) if choice.rank else 0.0
     on_gpu = not (choice.offload and stage)
     four = choice.moments == "16bit" or choice.muon  # bytes of the moments of a matrix
     return Memory(
@@ -66,15 +67,16 @@ def memory(
         average=4 * n / of_average if on_gpu else 0.0,
         errors=errors,
         activations=float(max(0, activations)),
-        buffers=_buffers(n, stage, cluster),
+        buffers=_buffers(model, n, stage, cluster),
     )
 
 
-def _buffers(n: int, stage: int, cluster: Cluster) -> float:
+def _buffers(model: PriorConfig, n: int, stage: int, cluster: Cluster) -> float:
     if cluster.gpus == 1:
         return 0.0
     if stage == 0:
-        return 4.0 * n  # the gradients, flat, while they are averaged
+        largest = model.width * max(4 * model.width, model.text_vocab, model.image_vocab)
+        return float(max(BLOCK, 4 * largest))  # gradients are averaged some at a time
     return 4.0 * (min(n, BUCKET) + min(n, LIVE if stage == 3 else BUCKET))
 
 
@@ -132,6 +134,8 @@ def traffic(model: PriorConfig, choice: Choice, cluster: Cluster) -> Traffic:
     if choice.rank:
         kept = 1 - compression(choice.rank, model.width, m)
         between = ring * (2.0 * matrices * kept + 4.0 * rest)
+        if choice.stage == 0:  # nothing is shared out: every process of a machine sends all of it
+            between *= m
     else:
         # Without it ZeRO partitions over all machines: stage 3 also gathers the weights across them.
         between = plain * {0: 1.0, 1: 1.5, 2: 1.5, 3: 1.5}[choice.stage]

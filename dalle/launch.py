@@ -67,13 +67,19 @@ class _Team:
             STORE: str(folder / "store"),
             PARENT: str(os.getpid()),
         }
+        gpus = _gpus_of(machines, local)
         self.members = []
         for rank, said in enumerate(self.said):
             with said.open("wb") as file:
                 self.members.append(
                     subprocess.Popen(
                         command,
-                        env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank % local)},
+                        env={
+                            **shared,
+                            **gpus[rank // local],
+                            "RANK": str(rank),
+                            "LOCAL_RANK": str(rank % local),
+                        },
                         stdin=subprocess.DEVNULL,
                         stdout=None if rank == 0 else file,
                         stderr=None if rank == 0 else file,
@@ -140,6 +146,27 @@ class _Team:
             f"error: process {rank} of {len(self.members)} was killed ({signal.Signals(number).name}), which "
             "ends the run; a machine out of memory does that; the same command goes on from the last save"
         )
+
+
+def _gpus_of(machines: int, local: int) -> list[dict[str, str]]:
+    """The environment in which each pretended machine sees GPUs of its own, where there are any.
+
+    Raises:
+        ConfigError: there are some, but fewer than processes.
+    """
+    if machines == 1:
+        return [{}]
+    import torch  # one machine, the usual case, starts its processes without waiting for it
+
+    if not (count := torch.cuda.device_count()):
+        return [{}] * machines
+    if count < machines * local:
+        raise ConfigError(f"--machines {machines} of {local} processes need as many GPUs; there are {count}")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    names = visible.split(",")
+    return [
+        {"CUDA_VISIBLE_DEVICES": ",".join(names[at : at + local])} for at in range(0, machines * local, local)
+    ]
 
 
 def die_with_parent() -> None:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from dalle.checkpoint import replacing, unwritable
@@ -74,20 +75,26 @@ class Window:
 
     def _restart(self) -> None:
         self.began, self.waited = self.clock.seconds, 0.0
-        self.sums: dict[str, float] = {}
-        self.steps = self.pictures = 0
+        self.finite: dict[str, list[float]] = {}
+        self.pictures = 0
 
     def add(self, metrics: Mapping[str, float], pictures: int) -> None:
-        """Take in the metrics of one update that saw so many pictures."""
+        """Take in the metrics of one update that saw so many pictures; not every update has every metric."""
         for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.steps += 1
+            values = self.finite.setdefault(name, [])
+            if math.isfinite(
+                value
+            ):  # a dropped update's gradient is not, and the others' mean should be told
+                values.append(value)
         self.pictures += pictures
 
     def close(self) -> dict[str, float]:
-        """Mean metrics, rates, and the share of the time spent waiting for data; starts the next window."""
+        """Mean metrics, rates, and the share of the time spent waiting for data; starts the next window.
+
+        The mean of a metric is over the updates that had it, finite; NaN if there were none.
+        """
         seconds = max(1e-9, self.clock.seconds - self.began)
-        line = {name: value / self.steps for name, value in self.sums.items()}
+        line = {name: fmean(values) if values else math.nan for name, values in self.finite.items()}
         line["seconds"] = seconds
         line["pictures_per_second"] = self.pictures / seconds
         line["tokens_per_second"] = self.pictures * self.tokens_per_picture / seconds

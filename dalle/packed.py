@@ -13,7 +13,8 @@ from dalle.minifloat import SIGNED, UNSIGNED
 from dalle.optim import AdamW, full_shape, make_room
 from dalle.piece import gradient_of
 
-CHUNK = 2**16  # numbers unpacked at a time: they stay in the cache from unpacking to packing
+# Numbers unpacked at a time. On a CPU they stay in the cache from unpacking to packing, a GPU wants work.
+CHUNK = {"cpu": 2**16, "cuda": 2**24}
 SMALL = 8192  # tensors of fewer numbers keep fp32 moments
 
 
@@ -96,7 +97,9 @@ class PackedAdamW(AdamW):
         if p.dtype == torch.float16:  # the same noise in every process, and in a run that was resumed
             key = zlib.crc32(f"{self.names[id(p)]}/{self.number}".encode())
             noise = torch.Generator(p.device).manual_seed(key)
-        parts = (t.view(-1).split(CHUNK) for t in (p, grad, state["exp_avg"], state["exp_avg_sq"]))
+        parts = (
+            t.view(-1).split(CHUNK[p.device.type]) for t in (p, grad, state["exp_avg"], state["exp_avg_sq"])
+        )
         for weights, gradient, means, variances in zip(*parts, strict=True):
             mean, variance = SIGNED.unpack(means), UNSIGNED.unpack(variances)
             if limit is not None and self.grad_norm**2 > limit:

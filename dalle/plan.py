@@ -49,7 +49,7 @@ def cheaper(
     for smaller in (narrower, shallower):
         if len(told) < 3 and (fits := _first(smaller, small, cluster, precision)):
             more = small.options(choice)
-            told.append((f"{fits[0]}, {more}" if more else fits[0], fits[1]))
+            told.append((f"{fits[0]} {more}" if more else fits[0], fits[1]))
     return told
 
 
@@ -79,7 +79,8 @@ def _changes(choice: Choice, cluster: Cluster) -> Iterator[Choice]:
     offload = {choice.offload, cluster.gpus > 1}
     ranks = {choice.rank, 0} if cluster.machines > 1 else {choice.rank}
     for each in itertools.product(stages, moments, recompute, batches, offload, ranks):
-        if (other := Choice(*each, muon=choice.muon, weights=choice.weights)) != choice:
+        other = Choice(*each, muon=choice.muon, weights=choice.weights)
+        if other != choice and not (other.offload and (other.rank or other.muon)):  # see `wiring.make_engine`
             yield other
 
 
@@ -134,9 +135,9 @@ def make_plan(
         preset: of the prior.
         cluster: the machines.
         zero: stage; by default the lowest that fits, or 3.
-        rank: total rank between machines; by default the paper's rule, 0 for none.
+        rank: total rank between machines; by default that of the settings, or the paper's rule; 0 for none.
         settings: as for training.
-        precision: of the products.
+        precision: of the products, where the settings do not say.
 
     Raises:
         ConfigError: an unknown preset or setting, or a batch that the GPUs cannot share.
@@ -154,13 +155,15 @@ def make_plan(
             f"batch_size={training.batch_size} cannot be shared by {cluster.gpus} GPUs: "
             f"use --set batch_size={max(1, training.batch_size // cluster.gpus) * cluster.gpus}"
         )
-    local = training.batch_size // cluster.gpus
-    micro = max(1, training.micro_batch // cluster.gpus) if training.micro_batch else local
+    if training.precision != "auto":
+        precision = training.precision
     if rank is None:
-        rank = paper_rank(model.width) if cluster.machines > 1 else 0
+        asked = any(text.partition("=")[0].strip() == "compression_rank" for text in settings)
+        rank = training.compression_rank if asked else paper_rank(model.width)
     choice = Choice(
-        zero if zero is not None else 3, training.moments, training.recompute, micro, rank=rank,
-        muon=training.optimizer == "muon", weights=training.weights,
+        zero if zero is not None else 3, training.moments, training.recompute,
+        training.together(cluster.gpus), training.offload == "cpu",
+        rank=rank if cluster.machines > 1 else 0, muon=training.optimizer == "muon", weights=training.weights,
     )  # fmt: skip
     stages = {s: memory(model, replace(choice, stage=s), cluster, precision) for s in range(4)}
     if cluster.gpus == 1:
@@ -172,7 +175,7 @@ def make_plan(
     shards = cluster.gpus // cluster.machines
     return Plan(
         preset, model, training, cluster, choice, stages,
-        paper=paper_memory(model, micro, shards),
+        paper=paper_memory(model, choice.micro_batch, shards),
         sent=traffic(model, choice, cluster),
         cost=cost(model, training, choice, cluster),
         cheaper=[] if fits else cheaper(model, choice, cluster, precision),

@@ -43,7 +43,7 @@ class Receipt:
         norm: of the whole reduced gradient; infinite where anything was not finite on any machine.
         bytes: handed over for means by this process.
         plain_bytes: what a plain mean of its gradients hands over.
-        seconds: taken.
+        seconds: taken; of a GPU's host alone where no plain mean was made to compare with.
         plain_seconds: what a plain mean took, where one was made to compare with.
         cosine: between the reduced gradients of the compressed matrices and their true mean, likewise.
     """
@@ -255,9 +255,10 @@ class PowerSGD:
 
     @contextmanager
     def _clock(self) -> Iterator[None]:
-        began = time.perf_counter()
+        exactly = self._number is not None and self._sampled(self._number)
+        began = _now(exactly)
         yield
-        self._seconds += time.perf_counter() - began
+        self._seconds += _now(exactly) - began
 
     def _timed(self, work: Work[None]) -> Work[None]:
         going = True
@@ -377,9 +378,9 @@ class PowerSGD:
         """The true means, and the seconds that they took; nothing is counted."""
         wire = Wire(self.wire.group)
         wire.any(torch.zeros(1, device=_device(pieces)))  # or the time would hold the wait for the slowest
-        began = time.perf_counter()
+        began = _now()
         means = finished(wire.mean([piece.grad for piece in pieces]))
-        return means, time.perf_counter() - began
+        return means, _now() - began
 
     def _cosine(self, low: Sequence[tuple[Matrix, Tensor]], true: Sequence[Tensor]) -> float | None:
         if not low:
@@ -390,6 +391,13 @@ class PowerSGD:
             dist.all_reduce(sums, group=self.within)
         product, reduced, wanted = sums.tolist()
         return product / math.sqrt(reduced * wanted) if reduced * wanted else None
+
+
+def _now(exactly: bool = True) -> float:
+    """The time; exactly, once a GPU is done with what it was given."""
+    if exactly and torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _finite(tensor: Tensor) -> Tensor:

@@ -14,8 +14,11 @@ DTYPES: dict[Arithmetic, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bf
 
 
 def best_device() -> torch.device:
-    """CUDA where there is one, otherwise the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """CUDA where there is one, otherwise the CPU. There fp32 is fp32: convolutions would take TF32 for it."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda")
 
 
 def choose(precision: Precision, device: torch.device) -> Arithmetic:

@@ -310,16 +310,16 @@ def update(session: Session, batches: Iterator[Batch], step: int, window: Window
     ]
     window.waited += time.monotonic() - began
     task.begin(parts, engine.run)
-    means: dict[str, float] = {}
+    told: list[dict[str, Tensor]] = []
     start = step * config.batch_size + topology.rank
     for batch in parts:
         positions = range(start, start + topology.world * len(batch[0]), topology.world)
         start = positions.stop
         loss, metrics = engine.run(task.loss, batch, step, positions)
         engine.backward(loss, len(parts))
-        for name, value in {"loss": loss, **metrics}.items():
-            means[name] = means.get(name, 0.0) + value.item() / len(parts)
-    means = topology.mean(means)
+        told.append({"loss": loss.detach(), **metrics})
+    # Read once all passes are under way, or a GPU would wait for the host between them.
+    means = topology.mean({name: sum(each[name].item() / len(told) for each in told) for name in told[0]})
     lr = task.lr(step)
     health = engine.update(lr, step + 1)
     task.after(means["loss"])

@@ -41,9 +41,11 @@ def verify_resume(prepare: Callable[[], Session]) -> str | None:
         straight, stopped = Path(name) / "straight", Path(name) / "stopped"
         begun = resume(first)
         _train(first, begun, begun + UPDATES, straight)
+        del first  # a GPU has room for one
         second = prepare()
         resume(second)
         _train(second, begun, begun + 1, stopped)
+        del second
         third = prepare()._replace(folder=stopped)
         resume(third)
         _train(third, begun + 1, begun + UPDATES, stopped)

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from dalle.console import warn
 from dalle.data.loader import Loader, Prepare
 from dalle.data.source import Source
 from dalle.distributed import Topology, topology
@@ -84,11 +85,26 @@ def make_compression(config: Training, matrices: Collection[str]) -> PowerSGD | 
     if not isinstance(config, LargeTraining) or not config.compression_rank:
         return None
     here, whole = shards(config), topology().world == 1 or config.zero == 0
+    if whole and here.machines > 1 and here.local_world > 1:
+        warn(
+            f"with zero=0 each of the {here.local_world} processes of a machine exchanges the whole model's "
+            "factors with the other machines; zero=1 or more shares that out among them"
+        )
     return PowerSGD(
         here.between, None if whole else here.within, matrices=matrices, rank=config.compression_rank,
         factors=config.compression_format, start=config.compression_start,
         sample=config.compression_sample, seed=config.seed,
     )  # fmt: skip
+
+
+def _refuse_offload(config: Training) -> None:
+    """Raises `ConfigError` for what exchanges gradients that lie in main memory: NCCL cannot."""
+    for name, off in (("compression_rank", 0), ("optimizer", "adamw")):
+        if (value := getattr(config, name, off)) != off:
+            raise ConfigError(
+                f"offload=cpu leaves gradients in main memory, from where {name}={value} cannot exchange "
+                f"them on GPUs: set offload=none, or {name}={off}"
+            )
 
 
 def make_engine(
@@ -112,6 +128,8 @@ def make_engine(
     here = shards(config)
     micro_batches = config.micro_batches(here.world)
     whole = here.world == 1 or config.zero == 0
+    if not whole and config.offload != "none" and best_device().type == "cuda":
+        _refuse_offload(config)
     muon: Muon | None = None
     adamw: Callable[..., AdamW] = AdamW
     if isinstance(config, LargeTraining) and config.moments == "16bit":

@@ -32,9 +32,11 @@ class CodeVectors(nn.Module):
         self.head = nn.Linear(hidden, config.width, bias=False)
 
     def forward(self) -> tuple[Float[Tensor, "v w"], Float[Tensor, "v w"]]:
-        """The parts of the embeddings and of the head's rows, of all codes."""
-        hidden = gelu(self.up(self.vectors))
-        return self.embedding(hidden), self.head(hidden)
+        """The parts of the embeddings and of the head's rows, of all codes; in fp32, as those are."""
+        # Where only shapes count there is no data, and no autocast of its device.
+        with torch.autocast("cpu" if self.vectors.is_meta else self.vectors.device.type, enabled=False):
+            hidden = gelu(self.up(self.vectors))
+            return self.embedding(hidden), self.head(hidden)
 
     def spreads(self, embedding: float, head: float) -> Iterator[tuple[Tensor, float]]:
         """Standard deviations at the start that give the two parts those of `embedding` and `head`."""

@@ -46,7 +46,7 @@ def losses(
     parameters = [*tables, *(p for p in model.parameters() if id(p) not in behind)]
     text, image = threads.apply(sums, tokens, codes, parameters=parameters).sum(0)
     shared = int((tokens >= 0).sum()) if words is None else words
-    return text / max(1, shared), image / codes.numel()
+    return text / (shared or 1), image / codes.numel()
 
 
 def cross_entropy(

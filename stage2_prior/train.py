@@ -265,7 +265,8 @@ class Stage2:
         self.flops_per_picture = 3 * matrix_flops(run.model)  # the backward pass takes twice the forward's
         self.threads = Threads(cores(model.start_of_text.device))
         self.plateau = Plateau(self.config.patience)
-        self.cut = self.seen = 0  # captions cut to the text slots, and all captions, since the start
+        self.cut = torch.tensor(0)  # captions cut to the text slots since the start
+        self.seen = 0  # all captions
         self.heldout_tokens = heldout[1]
         self.at_once = min(AT_ONCE, self.config.together(topology().world))
         self.heldout_codes = torch.cat([self.encode(part) for part in heldout[0].split(self.at_once)])
@@ -296,7 +297,7 @@ class Stage2:
     def loss(self, batch: Batch, step: int, positions: range) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted cross-entropy of one micro-batch."""
         pixels, tokens, cut = batch
-        self.cut, self.seen = self.cut + int(cut.sum()), self.seen + len(cut)
+        self.cut, self.seen = self.cut.to(cut.device) + cut.sum(), self.seen + len(cut)
         text, image = losses(self.model, tokens, self.encode(pixels), self.words, self.threads)
         return self.weighted(text, image), self.metrics(text.detach(), image.detach())
 
@@ -338,7 +339,7 @@ class Stage2:
 
     def warn_of_cuts(self) -> None:
         """Say how many captions were too long."""
-        cut, seen = topology().sum(torch.tensor([self.cut, self.seen])).tolist()
+        cut, seen = topology().sum(torch.tensor([int(self.cut), self.seen])).tolist()
         if cut:
             words = self.run.model.text_length - 1
             warn(f"{cut:,} of {seen:,} captions were cut to {words} tokens: raise text_length")

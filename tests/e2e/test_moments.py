@@ -82,3 +82,11 @@ def test_weights_in_fp16_ask_for_all_that_they_need(dalle, tmp_path):
     done = dalle(*prior(tmp_path, *options(optimizer="adamw", weights="fp16", moments="16bit")))
     assert done.code == 2
     assert "weights=fp16 leaves no fp32 weights" in done.err.splitlines()[-1]
+
+
+def test_a_run_that_would_compress_between_machines_trains_on_one(dalle, tmp_path):
+    """There is nothing to compress, and no error sum to save."""
+    assert dalle(*dvae(tmp_path)).code == 0
+    done = dalle(*prior(tmp_path, *options(compression_rank=4)))
+    assert done.code == 0, done.err
+    assert State(tmp_path / "prior/state/step-00000004").names("errors") == set()

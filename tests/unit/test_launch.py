@@ -12,7 +12,7 @@ import pytest
 from cli.main import train_prior
 from dalle.distributed import place
 from dalle.errors import CheckpointError, ConfigError
-from dalle.launch import LOST, launched
+from dalle.launch import LOST, _gpus_of, launched
 
 LAUNCH = """
 import sys
@@ -165,3 +165,18 @@ def test_a_process_has_its_gpu_before_anything_is_put_onto_one(monkeypatch):
     with pytest.raises(CheckpointError, match="that will do"):
         train_prior()
     assert order == ["joined", "dVAE"]
+
+
+def test_pretended_machines_have_gpus_of_their_own(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in _gpus_of(2, 2)] == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1")
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in _gpus_of(2, 2)] == ["7,5", "3,1"]
+    with pytest.raises(ConfigError, match="--machines 3 of 2 processes need as many GPUs; there are 4"):
+        _gpus_of(3, 2)
+
+
+def test_without_gpus_machines_are_left_as_they_are(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert _gpus_of(2, 2) == [{}, {}]

@@ -115,6 +115,18 @@ def test_the_next_window_starts_empty():
     }  # fmt: skip
 
 
+def test_a_mean_is_over_the_updates_that_had_the_metric():
+    window = Window(1, Clock(), flops_per_picture=1, ceiling=1.0)
+    for update in range(10):
+        sampled = {"between_cosine": 0.8} if update == 3 else {}
+        norm = math.inf if update == 7 else 2.0  # of a dropped one
+        window.add({"grad_norm": norm, "never": math.nan, **sampled}, pictures=1)
+    line = window.close()
+    assert line["between_cosine"] == 0.8
+    assert line["grad_norm"] == 2.0
+    assert math.isnan(line["never"])
+
+
 def test_a_window_survives_a_clock_that_stands_still():
     window = Window(1, Clock(), flops_per_picture=1, ceiling=1.0)
     window.add({"loss": 1.0}, pictures=1)

@@ -12,7 +12,7 @@ from dalle.optim import AdamW
 from dalle.packed import CHUNK, SMALL, PackedAdamW, rounded_at_random
 
 BETAS, DECAY = (0.9, 0.96), 4.5e-2
-ROWS = CHUNK // 512 + 3  # more than one chunk, and a part of one
+ROWS = CHUNK["cpu"] // 512 + 3  # more than one chunk, and a part of one
 
 
 def net(seed=0):

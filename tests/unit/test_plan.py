@@ -162,6 +162,13 @@ def test_sizes_as_people_write_them(text, size):
     assert size_in_bytes(text) == size
 
 
+def test_a_plan_takes_the_settings_as_training_does():
+    cluster = replace(ONE, gpus=8, per_machine=4)
+    settings = ("micro_batch=4", "offload=cpu", "compression_rank=0", "width=24", "heads=3", "depth=2")
+    choice = make_plan("small", cluster, settings=settings, precision="fp32").choice
+    assert (choice.micro_batch, choice.offload, choice.rank) == (4, True, 0)
+
+
 def test_what_cannot_be_planned_is_told():
     with pytest.raises(ConfigError, match=r"--memory 'much'"):
         size_in_bytes("much")

@@ -286,6 +286,15 @@ def test_code_vectors_begin_as_the_dvaes(channels):
         assert not torch.allclose(table[0], table[2], atol=1e-4)
 
 
+def test_code_vectors_make_their_tables_in_fp32():
+    model = tiny.prior(code_channels=3)
+    plain = model.code_tables()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = model.code_tables()
+    assert torch.equal(cast.embedding, plain.embedding)
+    assert torch.equal(cast.head, plain.head)
+
+
 def test_without_a_start_code_vectors_leave_the_image_head_at_zero():
     model = Prior(PriorConfig(**tiny.PRIOR_SHAPE, code_channels=5))
     assert not model.code_tables().head.any()
