@@ -119,8 +119,8 @@ def train_prior(
         began = read_json(run / "dvae" / "config.json")
         imported = "training" not in began
         suits = {
-            "preset": machine_preset() if imported else began["preset"],
-            "data": "scenes" if imported else began["data"],
+            "preset": machine_preset() if imported else began.get("preset", machine_preset()),
+            "data": "scenes" if imported else began.get("data", "scenes"),
         }
         if show_config:
             resolve(options, codes, **suits).show()
@@ -208,6 +208,7 @@ def sample(
 ) -> None:
     """Draw pictures for prompts; prints the paths of the PNGs, and of a sheet of all if they are several."""
     from dalle.builtin import ABOUT, FOLDER, NAME, find_run
+    from dalle.checkpoint import fingerprint, refuse_unwritable
     from dalle.console import Bar, say
     from dalle.drawings import previewing, save_drawings
     from dalle.pipeline import TextToImage
@@ -220,10 +221,11 @@ def sample(
     sampling = Sampling(temperature, top_k, top_p, guidance)
     if run is None and not DEFAULT_RUN.exists():
         say(f"drawing with the built-in model, which knows {ABOUT}; dalle train-dvae begins one of your own")
-        run = Path(NAME)
+        run = FOLDER
     run = find_run(run or DEFAULT_RUN)
     builtin = run == FOLDER
     out = out or (Path("samples") if builtin else run / "samples")
+    refuse_unwritable(out)
     model = TextToImage.load(run, weights=weights, at_once=at_once)
     captions = [prompt for prompt in wanted for _ in range(n)]
     total = len(captions) * model.prior.config.cells
@@ -232,6 +234,8 @@ def sample(
     how = model.resolve(sampling)
     made = {
         "run": NAME if builtin else str(run),
+        "prior": fingerprint(run / "prior" / "weights.safetensors"),
+        "weights": weights,
         "seed": seed,
         "temperature": temperature,
         "top_k": top_k,
@@ -246,7 +250,7 @@ def sample(
 
 def _standard_input() -> list[str]:
     """Its lines; what is not UTF-8 becomes a replacement character."""
-    return sys.stdin.buffer.read().decode("utf-8", "replace").splitlines()
+    return sys.stdin.buffer.read().decode("utf-8-sig", "replace").splitlines()
 
 
 @app.command()
@@ -257,14 +261,17 @@ def reconstruct(
 ) -> None:
     """Pictures through the dVAE and back; prints the path of each pair, before and after."""
     from dalle.builtin import FOLDER, find_run
+    from dalle.checkpoint import refuse_unwritable
     from dalle.drawings import save_reconstructions
+    from dalle.pipeline import fingerprint_of
     from dalle.precision import best_device
     from stage1_dvae.model import DVAE
 
     found = find_run(run)
     model = DVAE.load(found / "dvae", best_device())
     folder = out or (Path() if found == FOLDER else run) / "reconstructions"
-    for path in save_reconstructions(folder, model, images):
+    refuse_unwritable(folder)
+    for path in save_reconstructions(folder, model, images, {"run": str(run), "dvae": fingerprint_of(found)}):
         typer.echo(path)
 
 
@@ -405,10 +412,13 @@ def main() -> None:
     except KeyboardInterrupt:
         _end(1)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
+        if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
             _fail(
-                "the device's memory is too small: use a smaller --set micro_batch=… or --set recompute=true"
+                "the device's memory is too small: train with a smaller --set micro_batch=… or with --set "
+                "recompute=true, draw with a smaller --at-once"
             )
+        if isinstance(error, OSError) and error.filename and not isinstance(error, ConnectionError):
+            _fail(f"{error.filename}: {(error.strerror or str(error)).lower()}")
         _end_of_one_among_several(error)
         raise
     finally:

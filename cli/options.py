@@ -105,7 +105,12 @@ Guidance = Annotated[
         show_default=False,
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Decides the noise: the same seed draws the same pictures.")]
+Seed = Annotated[
+    int,
+    typer.Option(
+        min=0, max=2**63 - 1, help="Decides the noise: the same seed draws the same pictures.",
+    ),
+]  # fmt: skip
 Prompts = Annotated[
     list[str],
     typer.Argument(metavar="PROMPT…", help="What to draw; - reads prompts from standard input, one a line."),

@@ -78,6 +78,15 @@ def unwritable(path: Path, error: Exception) -> CheckpointError:
     )
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """Before work is done for it: raises `CheckpointError` if nothing can be written to a folder."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise unwritable(folder, NotADirectoryError(0, f"{nearest} is a file"))
+    if not os.access(nearest, os.W_OK):
+        raise unwritable(folder, PermissionError(0, "permission denied"))
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
     with replacing(path) as partial:
@@ -161,6 +170,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: it is missing, damaged or of another kind.
     """
     try:
+        path.open("rb").close()  # or a file that must not be read would be told as missing
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error

@@ -1,5 +1,6 @@
 """The machines of a training, and what may be traded on them for memory."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for name in ("gpus", "per_machine", "memory", "within", "between", "rate"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
         if self.gpus > self.per_machine and self.gpus % self.per_machine:
             raise ConfigError(
@@ -70,10 +71,8 @@ class Choice:
 
 def size_in_bytes(text: str) -> float:
     """`16GB` and the like in bytes. Raises `ConfigError` for anything else."""
-    match = re.fullmatch(r"([0-9.]+) *([KMGT]?)(I?)B?", text.strip().upper())
-    try:
-        assert match is not None
-        thousand = 1024 if match[3] else 1000
-        return float(match[1]) * thousand ** " KMGT".index(match[2] or " ")
-    except (AssertionError, ValueError):
-        raise ConfigError(f"--memory {text!r} is no size; write it as 16GB or 40GiB") from None
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+) *([KMGT]?)(I?)B?", text.strip().upper())
+    if match is None:
+        raise ConfigError(f"--memory {text!r} is no size; write it as 16GB or 40GiB")
+    thousand = 1024 if match[3] else 1000
+    return float(match[1]) * thousand ** " KMGT".index(match[2] or " ")

@@ -58,15 +58,17 @@ def previewing(
     Args:
         captions: the prompt of every picture that will be drawn.
     """
-    path = folder / "preview.png"
+    path, shown = folder / "preview.png", False
 
     def show(first: int, pictures: list[Image.Image]) -> None:
+        nonlocal shown
         save_png(path, contact_sheet(pictures, captions[first : first + len(pictures)]))
+        shown = True
 
     try:
         yield show if wanted else None
     finally:
-        if wanted:
+        if shown:
             path.unlink(missing_ok=True)
 
 
@@ -103,10 +105,14 @@ def _is_free(path: Path, facts: Mapping[str, Any]) -> bool:
         return False
 
 
-def save_reconstructions(folder: Path, model: DVAE, images: Iterable[Path]) -> list[Path]:
+def save_reconstructions(
+    folder: Path, model: DVAE, images: Iterable[Path], made: Mapping[str, Any] | None = None
+) -> list[Path]:
     """Write each picture beside its reconstruction: the input's centre square left, the dVAE's right.
 
-    Inputs of the same name from several folders are numbered.
+    Args:
+        made: what tells this dVAE; also written beside and into the PNGs. A file is replaced only by the same
+            picture through the same one.
 
     Raises:
         DataError: a file is missing, is no picture, or is smaller than the model's pictures.
@@ -123,8 +129,8 @@ def save_reconstructions(folder: Path, model: DVAE, images: Iterable[Path]) -> l
         pixels = to_pixels(torch.from_numpy(cropped)[None]).to(device)
         with torch.inference_mode():
             pair = to_images(torch.cat([pixels, model.decode(model.encode(pixels))]))
-        names = (folder / f"{source.stem}{mark}-reconstruction.png" for mark in _marks())
-        path = next(path for path in names if path not in paths)
-        save_png(path, grid([pair]))
+        facts = {"image": str(source.absolute()), **(made or {})}
+        (path,) = _free(folder, source.stem, ["-reconstruction"], [facts])
+        _save(path, grid([pair]), facts)
         paths.append(path)
     return paths

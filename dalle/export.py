@@ -1,5 +1,6 @@
 """How a trained run becomes one that only draws, to hand on."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dalle.builtin import find_run
-from dalle.checkpoint import load_tensors, read_json, replacing, save_weights, write_json
+from dalle.checkpoint import load_tensors, read_json, replacing, save_weights, unwritable, write_json
 from dalle.config import to_json
 from dalle.errors import CheckpointError
+from dalle.pipeline import TextToImage
 from stage2_prior.model import Prior
 
 
@@ -18,11 +20,27 @@ def export(run: Path, out: Path) -> int:
     """Write all that drawing needs of `run` to `out`, weights in 16 bits; returns the bytes written.
 
     Raises:
-        CheckpointError: a stage is missing or damaged, or `out` holds something already.
+        CheckpointError: a stage is missing or damaged, they do not belong together, or there is something at
+            `out` already.
     """
     run = find_run(run)
-    if out.exists() and any(out.iterdir()):
-        raise CheckpointError(f"{out} is not empty: name a new folder")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"{out} is {'not empty' if out.is_dir() else 'a file'}: name a new folder")
+    TextToImage.load(run, "cpu")  # refuses what could not draw
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        _write_all(run, partial)
+        if out.exists():
+            out.rmdir()
+        partial.replace(out)
+    except OSError as error:
+        raise unwritable(out, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def _write_all(run: Path, out: Path) -> None:
     dvae_config, prior_config = (read_json(run / stage / "config.json") for stage in ("dvae", "prior"))
     of_dvae = load_tensors(run / "dvae" / "weights.safetensors")
     prior = Prior.load(run / "prior").folded()  # 16 bits of sums, not sums of 16 bits
@@ -33,10 +51,15 @@ def export(run: Path, out: Path) -> int:
         if (run / name).is_file():
             with replacing(out / name) as partial:
                 partial.write_bytes((run / name).read_bytes())
-    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 
 def _write(folder: Path, config: dict[str, Any], weights: Mapping[str, Tensor]) -> str:
-    written = save_weights(folder, {name: tensor.to(torch.float16) for name, tensor in weights.items()})
+    written = save_weights(folder, {name: _halved(tensor) for name, tensor in weights.items()})
     write_json(folder / "config.json", config)
     return written
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    """In fp16, but for what is too large for it: biases of a dVAE that clustered flat pictures."""
+    half = tensor.to(torch.float16)
+    return half if half.isfinite().all() else tensor

@@ -42,6 +42,8 @@ def _facts(folder: Path) -> dict[str, Any]:
     if not isinstance(config.get("model"), dict):
         raise CheckpointError(f"{folder / 'config.json'} is damaged or of another program: it names no model")
     weights = folder / "weights.safetensors"
+    training = config.get("training")
+    of = training.get("steps") if isinstance(training, dict) else None
     latest: dict[str, Any] = {}
     for line in read_metrics(folder):
         latest |= line
@@ -49,8 +51,8 @@ def _facts(folder: Path) -> dict[str, Any]:
         "preset": config.get("preset"),
         "data": config.get("data"),
         "model": config["model"],
-        "steps": latest.get("step", 0),
-        "of": config.get("training", {}).get("steps"),
+        "steps": latest.get("step", of if weights.is_file() else 0),  # an exported one has no metrics
+        "of": of,
         "states": [path.name for path in state_folders(folder / "state")],
         "metrics": {name: latest[name] for name in SHOWN if name in latest},
     }

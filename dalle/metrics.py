@@ -48,9 +48,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     # After a crash the end of the file may be anything, not even text.
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(found, dict) and isinstance(found.get("step"), int):
+            lines.append(found)
     return lines
 
 

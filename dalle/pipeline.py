@@ -103,14 +103,14 @@ class TextToImage:
                     f"the prior in {run / 'prior'} was trained on the {part} {trained_on}, but {path} is "
                     f"{present}: put that {part} back, or train the prior anew in another --run"
                 )
-        trained: dict[str, Any] = began.get("training", {})
+        trained = _numbers(began.get("training"), run / "prior" / "config.json")
         return cls(
             tokenizer,
             Prior.load(run / "prior", device),
             DVAE.load(run / "dvae", device),
             choose(precision, device),
-            trained.get("guidance", 1.0) if trained.get("caption_dropout") else None,
-            trained.get("top_p", 1.0),
+            trained["guidance"] if trained["caption_dropout"] else None,
+            trained["top_p"],
             weights,
             at_once,
         )
@@ -241,6 +241,16 @@ class TextToImage:
         for picture in pictures:
             picture.paste("grey", (0, picture.height * rows // grid, *picture.size))
         show(pictures)
+
+
+def _numbers(training: Any, path: Path) -> dict[str, float]:
+    """Of the prior's settings those that drawing follows; neutral where there are none."""
+    neutral = {"guidance": 1.0, "top_p": 1.0, "caption_dropout": 0.0}
+    found = {**neutral, **(training if isinstance(training, dict) else {})}
+    for name in neutral:
+        if not isinstance(found[name], (int, float)):
+            raise CheckpointError(f"{path} is damaged: {name} is {found[name]!r}, no number")
+    return {name: float(found[name]) for name in neutral}
 
 
 def codes_of(run: Path) -> Codes:

@@ -203,7 +203,7 @@ def propose(cluster: Cluster, pictures: int, hours: float, precision: Any = "bf1
     Raises:
         ConfigError: there are no pictures, no time, or no preset that fits.
     """
-    if pictures < 1 or hours <= 0:
+    if pictures < 1 or not 0 < hours < math.inf:
         raise ConfigError(
             f"a proposal needs pictures and time; there are {pictures:,} pictures, {hours:g} hours"
         )

@@ -14,6 +14,7 @@ from types import FrameType
 from dalle.console import say
 from dalle.errors import CheckpointError
 
+LOCK = ".lock"
 SAME = 0.5  # seconds in which a second signal is the first one again
 
 
@@ -39,14 +40,15 @@ def only_process(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process; the system lets go of it however the process ends.
 
     A record lock (lockf) rather than flock: forked data workers do not inherit it, so a killed run
-    can be resumed at once.
+    can be resumed at once. Folders that were made for it and are still empty go again.
 
     Raises:
         CheckpointError: another process trains there, or the folder cannot be written or locked.
     """
+    made = [path for path in (folder, folder.parent) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a")
+        file = (folder / LOCK).open("a")
     except OSError as error:
         raise CheckpointError(
             f"cannot write in {folder}: {error.strerror}; permit it or use another --run"
@@ -62,7 +64,14 @@ def only_process(folder: Path) -> Iterator[None]:
             raise CheckpointError(
                 f"cannot lock {folder}: {error.strerror}; put --run on a file system that knows locks"
             ) from error
-        yield
+        try:
+            yield
+        finally:
+            if made and [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+                with suppress(OSError):  # the parent holds something by now
+                    for path in made:
+                        path.rmdir()
 
 
 @contextmanager

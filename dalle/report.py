@@ -13,7 +13,7 @@ from PIL import Image
 
 from dalle import __version__
 from dalle.chart import curves, of_scales, svg
-from dalle.checkpoint import read_json, replacing, write_json
+from dalle.checkpoint import read_json, refuse_unwritable, replacing, write_json
 from dalle.console import Bar, say
 from dalle.evaluate import SPLITS, TITLES, Drawing, Score, evaluate, interval
 from dalle.metrics import read_metrics
@@ -36,6 +36,7 @@ def judge_and_report(
     Returns:
         What report.json holds.
     """
+    refuse_unwritable(out)
     model = TextToImage.load(run)
     with Bar("drawing and judging", prompts * len(SPLITS), unit="pictures") as bar:
         scores = evaluate(model, prompts, seed=seed, sampling=sampling, on_drawn=bar.advance)

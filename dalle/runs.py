@@ -1,6 +1,7 @@
 """What a training command is to do: from presets, options and what the run folder already holds."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from dalle.checkpoint import FORMAT, read_json, write_json
 from dalle.config import describe, from_json, override, preset, to_json
 from dalle.errors import ConfigError
 from dalle.precision import best_device
+from dalle.states import state_folders
 from dalle.training import CHANGEABLE, Training
 
 HORIZONS = ("warmup", "lr_steps", "beta_steps", "tau_steps", "patience")  # spans within `steps`
@@ -78,6 +80,8 @@ def plan(
         ConfigError: unknown names, values that cannot be, or a run found there that was started otherwise.
     """
     folder = options.run / stage
+    if options.data == "":
+        raise ConfigError("--data is empty; give scenes, or a path to pictures")
     settings = list(options.settings)
     if options.steps is not None:
         settings.append(f"steps={options.steps}")
@@ -106,6 +110,10 @@ def _continued(
         raise ConfigError(
             f"{folder} holds an imported model without a training run; use another --run to train"
         )
+    if (folder / "weights.safetensors").exists() and not state_folders(folder / "state"):
+        raise ConfigError(
+            f"{folder} holds a trained model, but no training state to go on from: use another --run to train"
+        )
     model_kind, training_kind = (type(section) for section in next(iter(presets.values())))
     model = from_json(model_kind, saved.get("model"), str(path))
     training = from_json(training_kind, saved["training"], str(path))
@@ -120,8 +128,12 @@ def _continued(
     name, data = saved.get("preset"), saved.get("data")
     if not isinstance(name, str) or not isinstance(data, str):
         raise ConfigError(f"{path} does not name the preset and the data of its run")
-    for what, was, now in (("--preset", name, options.preset), ("--data", data, options.data)):
-        if now is not None and now != was:
+    asked = options.data is not None and os.path.abspath(options.data) != os.path.abspath(data)
+    for what, was, now, differs in (
+        ("--preset", name, options.preset, options.preset not in (None, name)),
+        ("--data", data, options.data, asked),
+    ):
+        if differs:
             raise ConfigError(
                 f"{folder} was started with {what} {was}, not {now}: keep it, or use another --run"
             )

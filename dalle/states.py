@@ -90,6 +90,12 @@ def state_folders(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True)
 
 
+def newest_step(folder: Path) -> int:
+    """The number of updates that the newest of them has seen; 0 without any."""
+    folders = state_folders(folder)
+    return int(folders[0].name.removeprefix("step-")) if folders else 0
+
+
 class State:
     """A training state on disk, every file checked against its recorded hash.
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import MISSING, dataclass
 from itertools import islice
 from pathlib import Path
@@ -74,6 +74,8 @@ class Training:
         for name in ("steps", "micro_batch", "workers", "seed", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed={self.seed} must be below 2**63")
         for name in ("heldout", "beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
@@ -237,6 +239,15 @@ class Session(NamedTuple):
         return self.config.micro_batches(self.topology.world)
 
 
+def alone(folder: Path, here: Topology) -> AbstractContextManager[None]:
+    """Hold a stage's folder for this run, from before its config.json is read or written until it is trained.
+
+    Raises:
+        CheckpointError: another process trains there, or the folder cannot be written or locked.
+    """
+    return only_process(folder) if here.main else nullcontext()
+
+
 def fit(session: Session) -> bool:
     """Train until `config.steps` updates are made; go on from the newest state in the folder.
 
@@ -246,11 +257,11 @@ def fit(session: Session) -> bool:
         True when all steps are made, False when a signal stopped it before.
 
     Raises:
-        CheckpointError: another process trains there, states exist but none is whole, or saving failed.
+        CheckpointError: states exist but none is whole, or saving failed.
     """
     task, engine, loader, config, folder, topology = session
     keep_freed_memory()
-    with only_process(folder) if topology.main else nullcontext(), stop_signals() as stopped:
+    with stop_signals() as stopped:
         step = resume(session)
         if step >= config.steps:
             say(f"{task.label}: {folder} has its {step:,} steps already; a larger --steps trains on")
@@ -335,7 +346,9 @@ def resume(session: Session) -> int:
     for error in refused:
         warn(f"{error}; the training state before it is used")
     if found is None and refused:
-        raise CheckpointError(f"no training state in {folder / 'state'} is whole; delete it to start anew")
+        raise CheckpointError(
+            f"no training state in {folder / 'state'} is whole; delete {folder} to start anew"
+        )
     saved = SharedState(found, topology)
     if saved.values is None:
         return 0

@@ -14,13 +14,14 @@ from dalle.data.loader import Loader
 from dalle.data.open import open_source
 from dalle.data.source import Sample
 from dalle.distributed import topology
+from dalle.errors import ConfigError
 from dalle.optim import parameter_count
 from dalle.pictures import grid, save_png, to_images, to_pixels
 from dalle.precision import best_device
 from dalle.runs import Options, Plan, machine_preset, plan
 from dalle.schedules import cosine, warmup
-from dalle.states import state_folders
-from dalle.training import Batch, Session, fit, keyed
+from dalle.states import newest_step, state_folders
+from dalle.training import Batch, Session, alone, fit, keyed
 from dalle.wiring import build, make_engine, make_loader, partitioned, place, precision_of, processes
 from dalle.zero import whole
 from stage1_dvae.codebook import ALARM, CodebookWindow
@@ -46,7 +47,22 @@ def train(options: Options) -> bool:
     Raises:
         DalleError: settings, data or a run folder that cannot be used.
     """
-    return fit(prepare(options))
+    with alone(options.run / "dvae", topology()):
+        _spare_the_prior(options)
+        return fit(prepare(options))
+
+
+def _spare_the_prior(options: Options) -> None:
+    """Raises `ConfigError` where more updates would change the codes that a prior was begun on."""
+    folder, prior = options.run / "dvae", options.run / "prior" / "config.json"
+    if not prior.exists() or not (folder / "config.json").exists():
+        return
+    made, steps = newest_step(folder / "state"), resolve(options).training.steps
+    if made < steps:
+        raise ConfigError(
+            f"{prior.parent} was begun on this dVAE as it is after {made:,} steps, and would not fit it "
+            f"after {steps:,}: use another --run"
+        )
 
 
 def prepare(options: Options) -> Session:
@@ -62,9 +78,9 @@ def prepare(options: Options) -> Session:
     loader = make_loader(source, crop, config, size)
     unseen = open_source(run.data, "heldout", size, config.heldout)
     centre = partial(_centre, size=size)
-    (heldout,) = Loader(unseen, centre, batch_size=1, seed=config.seed, min_side=size).first(
-        config.eval_pictures
-    )
+    unseen_loader = Loader(unseen, centre, batch_size=1, seed=config.seed, min_side=size)
+    (heldout,) = unseen_loader.first(config.eval_pictures)
+    loader.skipped |= unseen_loader.skipped
 
     model = build(lambda: DVAE(run.model), config)
     if config.start == "patches" and not state_folders(run.folder / "state"):

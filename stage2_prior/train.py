@@ -5,6 +5,7 @@ The dVAE comes as two functions, `encode` and `decode`: this stage knows nothing
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -30,7 +31,7 @@ from dalle.schedules import Plateau, cosine, warmup
 from dalle.text import NO_TOKEN, Tokenizer
 from dalle.text import fit as fit_text
 from dalle.threads import Threads, cores
-from dalle.training import Batch, Session, fit
+from dalle.training import Batch, Session, alone, fit
 from dalle.wiring import build, make_engine, make_loader, partitioned, place, precision_of, processes
 from dalle.zero import whole
 from stage2_prior import backends
@@ -84,8 +85,9 @@ def train(options: Options, codes: Codes, *, preset: str, data: str, coarse: Coa
     Raises:
         DalleError: settings, data or a run folder that cannot be used.
     """
-    session = prepare(options, codes, preset=preset, data=data, coarse=coarse)
-    done = fit(session)
+    with alone(options.run / "prior", topology()):
+        session = prepare(options, codes, preset=preset, data=data, coarse=coarse)
+        done = fit(session)
     assert isinstance(session.task, Stage2)
     session.task.warn_of_cuts()
     return done
@@ -117,7 +119,10 @@ def prepare(
     centre = partial(prepare_plainly, tokenizer=tokenizer, size=codes.image_size, words=words)
 
     def first(some: Source, n: int) -> tuple[Tensor, ...]:
-        return Loader(some, centre, batch_size=1, seed=config.seed, min_side=codes.image_size).first(n)
+        reader = Loader(some, centre, batch_size=1, seed=config.seed, min_side=codes.image_size)
+        found = reader.first(n)
+        loader.skipped |= reader.skipped
+        return found
 
     heldout = first(unseen, config.eval_pictures)
 
@@ -209,14 +214,15 @@ def _some_captions(source: Source, most: int) -> Iterator[str]:
 
 
 def _captions(source: Source, n: int) -> list[str]:
-    """The first caption of `n` samples, evenly spread."""
-    found = []
-    for index in range(0, len(source), max(1, len(source) // n)):
-        try:
+    """The first caption of `n` samples, evenly spread; fewer where fewer have one."""
+    spread = max(1, len(source) // n)
+    found: list[str] = []
+    for index in (i for first in range(spread) for i in range(first, len(source), spread)):
+        if len(found) == n:
+            break
+        with suppress(BadSample):
             found.append(source.captions(index)[0])
-        except BadSample:
-            continue
-    return found[:n]
+    return found
 
 
 def _prepare(

@@ -52,10 +52,21 @@ class Folder:
 
 
 def _files(path: Path) -> list[str]:
-    """The files below a folder, relative to it, without hidden ones such as macOS's `._name.jpg`."""
-    found = []
-    for folder, subfolders, names in os.walk(path):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    """The files below a folder, relative to it, without hidden ones such as macOS's `._name.jpg`.
+
+    Links to folders are followed, once each. Raises `DataError` for a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: {error.strerror}; permit reading it, or give another folder")
+
+    found, seen = [], set()
+    for folder, subfolders, names in os.walk(path, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         prefix = Path(folder).relative_to(path)
         found += [(prefix / name).as_posix() for name in names if not name.startswith(".")]
     return found

@@ -29,8 +29,8 @@ def decode(data: bytes | Path, key: str) -> Image.Image:
     """
     try:
         packed = data if isinstance(data, bytes) else data.read_bytes()
-    except OSError as error:
-        raise BadSample(key, (error.strerror or str(error)).lower()) from error
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        raise BadSample(key, (getattr(error, "strerror", None) or str(error)).lower()) from error
     if not packed:
         raise BadSample(key, "the file is empty")
     try:

@@ -73,6 +73,7 @@ def _parse(row: Any, place: str) -> tuple[str, tuple[str, ...], str]:
             f"{place}: columns {columns}; expected a path in `image`, and `caption` or `captions`"
         )
     try:
+        image.encode("utf-8", "surrogateescape")  # or its key could not be hashed
         return image, captions.from_fields(row), str(row.get("split") or "").strip().lower()
     except ValueError as error:
         raise DataError(f"{place}: {error}") from error
@@ -93,7 +94,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 continue
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(
                     f"{path}, line {number}: broken JSON ({error}); write one object a line"
                 ) from error
@@ -113,10 +114,11 @@ def _table_rows(path: Path, separator: str) -> Iterator[tuple[int, Any]]:
 
 
 def _unpack(cell: Any) -> Any:
-    """A cell that holds a JSON list as that list, any other as it is."""
+    """A cell that holds a JSON list of texts as that list, any other as it is."""
     if isinstance(cell, str) and cell.startswith("["):
         try:
-            return json.loads(cell)
-        except ValueError:
+            found = json.loads(cell)
+        except (ValueError, RecursionError):
             return cell
+        return found if all(isinstance(text, str) for text in found) else cell
     return cell

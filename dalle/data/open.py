@@ -1,9 +1,11 @@
 """From what the user calls the data to a source of samples."""
 
+import os
 import re
 from pathlib import Path
 
 from dalle.data.folder import Folder
+from dalle.data.images import SUFFIXES as PICTURES
 from dalle.data.manifest import SUFFIXES, Manifest
 from dalle.data.shards import Shards
 from dalle.data.source import Source
@@ -21,15 +23,27 @@ def open_source(data: str, split: Split, size: int, heldout: float = 0.02) -> So
         from dalle.scenes.source import Scenes  # here, because its drawing is loaded for nothing otherwise
 
         return Scenes(split, size)
-    return subset(_open(str(Path(data).expanduser())), split, heldout)
+    return subset(_open(os.path.expanduser(data)), split, heldout)
+
+
+def _holds_shards(folder: Path) -> bool:
+    """Raises `DataError` where pictures lie beside the archives: half of the data would be left out."""
+    names = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    shards = sum(path.suffix == ".tar" for path in names)
+    pictures = sum(path.suffix.lower() in PICTURES for path in names)
+    if shards and pictures:
+        raise DataError(
+            f"{folder}: {pictures} pictures beside {shards} .tar archives; give a folder of either kind"
+        )
+    return shards > 0
 
 
 def _open(data: str) -> KeyedSource:
     path = Path(data)
-    if re.search(r"\.(tar|tgz)($|\.)", path.name) or (path.is_dir() and any(path.glob("*.tar"))):
+    if re.search(r"\.(tar|tgz)($|\.)", path.name):
         return Shards(data)
     if path.is_dir():
-        return Folder(path)
+        return Shards(data) if _holds_shards(path) else Folder(path)
     if path.suffix.lower() in SUFFIXES and path.is_file():
         return Manifest(path)
     raise DataError(

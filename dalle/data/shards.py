@@ -1,6 +1,7 @@
 """WebDataset shards: pictures and their captions inside tar archives."""
 
 import glob
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -141,11 +142,13 @@ def _expand(pattern: str) -> list[Path]:
     paths = []
     for name in _braces(pattern):
         if Path(name).is_dir():
-            found = sorted(Path(name).glob("*.tar"))
+            found = sorted(Path(name).glob("[!.]*.tar"))
         elif Path(name).is_file():
             found = [Path(name)]
         else:
             found = sorted(path for path in map(Path, glob.glob(name, recursive=True)) if path.is_file())
+        if unreadable := [path for path in found if not os.access(path, os.R_OK)]:
+            raise DataError(f"{unreadable[0]}: permission denied; permit reading the shard")
         if not found:
             raise DataError(f"{pattern}: the shard {name} is missing; give .tar archives that exist")
         paths += found
@@ -158,6 +161,8 @@ def _braces(pattern: str) -> list[str]:
     if not match:
         return [pattern]
     first, last, words = match.groups()
+    if first and int(first) > int(last):
+        raise DataError(f"{pattern}: {{{first}..{last}}} counts backwards; give the smaller number first")
     choices = words.split(",") if words else [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
     return [
         pattern[: match.start()] + choice + rest

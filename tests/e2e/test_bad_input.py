@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import cli.main
+from dalle.checkpoint import load_tensors, save_weights
+from dalle.data.open import open_source
 from dalle.states import TensorFile
 from tests import tiny
 from tests.e2e.settings import dvae, options, prior
@@ -44,6 +46,43 @@ def run(trained, tmp_path) -> Path:
     return shutil.copytree(trained, tmp_path / "run")
 
 
+# What was trained
+
+
+def test_weights_without_a_state_are_not_trained_over(dalle, run, tmp_path):
+    assert dalle("export", run, tmp_path / "out").code == 0
+    shutil.rmtree(run / "dvae" / "state")
+    for folder, command in ((run, dvae), (tmp_path / "out", dvae), (tmp_path / "out", prior)):
+        before = files(folder)
+        line = complaint(dalle(*command(folder, steps=4)))
+        assert "holds a trained model, but no training state to go on from: use another --run" in line
+        assert files(folder) == before
+
+
+def test_a_dvae_is_not_trained_on_under_its_prior(dalle, run):
+    before = files(run)
+    line = complaint(dalle(*dvae(run, steps=4)))
+    assert (
+        "was begun on this dVAE as it is after 2 steps, and would not fit it after 4: use another --run"
+        in line
+    )
+    assert files(run) == before
+    done = dalle(*dvae(run, steps=2))
+    assert done.code == 0, done.err  # what is finished may be asked for again
+
+
+def test_parts_that_do_not_fit_are_not_exported(dalle, run, tmp_path):
+    weights = load_tensors(run / "dvae" / "weights.safetensors")
+    save_weights(run / "dvae", {name: 2 * tensor for name, tensor in weights.items()})
+    line = complaint(dalle("export", run, tmp_path / "out"))
+    assert "was trained on the dVAE" in line
+    (run / "prior" / "tokenizer.json").unlink()
+    assert "the tokenizer cannot be read" in complaint(dalle("export", run, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    assert "is a file: name a new folder" in complaint(dalle("export", run, tmp_path / "file"))
+
+
 # Data
 
 
@@ -52,6 +91,30 @@ def test_an_empty_folder(dalle, tmp_path):
     line = complaint(dalle(*dvae(tmp_path / "run", "--data", tmp_path / "data")))
     assert "no picture among 0 files; give a folder of pictures with a .txt" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_path(dalle, tmp_path):
+    """As of a shell variable that is not set: not the scenes."""
+    line = complaint(dalle(*dvae(tmp_path / "run", "--data", "")))
+    assert line == "--data is empty; give scenes, or a path to pictures"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf", "0"])
+def test_a_demo_of_no_time(dalle, tmp_path, minutes):
+    line = complaint(dalle("demo", "--minutes", minutes, "--run", tmp_path / "demo"))
+    assert line.endswith("give 1 or more")
+    assert not (tmp_path / "demo").exists()
+
+
+def test_broken_pictures_that_are_held_out_are_named_too(dalle, tmp_path):
+    data = tiny.write_folder(tmp_path / "data", 40)
+    unseen = open_source(str(data), "heldout", 16, 0.3)
+    bad = unseen.source.keys[int(unseen.indices[0])]
+    (data / bad).write_bytes(b"no picture")
+    done = dalle(*dvae(tmp_path / "run", "--data", data, "--set", "heldout=0.3"))
+    assert done.code == 0, done.err
+    assert f"skipped {bad}: not a picture" in done.err
 
 
 def test_a_path_that_does_not_exist(dalle, tmp_path):
@@ -245,12 +308,13 @@ def test_a_damaged_file(dalle, run, tmp_path, spoil, name, commands):
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "average.safetensors", "state.json"])
 def test_states_that_are_all_damaged_stop_the_training(dalle, run, name):
+    shutil.rmtree(run / "prior")  # under which the dVAE would not be trained on
     for state in (run / "dvae" / "state").iterdir():
         cut(state / name)
     before = files(run / "dvae" / "state")
     said = complaint(dalle(*dvae(run, steps=9)))
     assert "no training state in" in said
-    assert "delete it to start anew" in said
+    assert f"delete {run / 'dvae'} to start anew" in said
     assert files(run / "dvae" / "state") == before
 
 
@@ -339,6 +403,8 @@ def test_a_pickle_in_the_place_of_tensors_runs_nothing(dalle, run, tmp_path, nam
 @pytest.mark.parametrize("part", ["weights", "state", "metrics", "pictures"])
 def test_a_full_disk_while_training_loses_nothing(run, monkeypatch, capsys, stage, part):
     """In this process, where the disk can be made to fill up."""
+    if stage == "dvae":
+        shutil.rmtree(run / "prior")  # under which it would not be trained on
     before = files(run)
     full = OSError(28, "No space left on device")
 
@@ -399,4 +465,4 @@ def test_running_out_of_memory_is_told_with_what_helps(monkeypatch, capsys, tmp_
     with pytest.raises(SystemExit) as end:
         cli.main.main()
     assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("error: the device's memory is too small: use a smaller")
+    assert capsys.readouterr().err.startswith("error: the device's memory is too small: train with a smaller")

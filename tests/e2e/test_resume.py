@@ -127,6 +127,10 @@ def test_two_processes_do_not_train_in_one_folder(dalle, tmp_path):
     assert dalle(*dvae(run, steps=1)).code == 0
     with (run / "dvae" / ".lock").open("a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
+        before = (run / "dvae" / "config.json").read_bytes()
         done = dalle(*dvae(run, steps=2))
     assert done.code == 2
     assert "error: another process is training in" in done.err
+    assert (
+        run / "dvae" / "config.json"
+    ).read_bytes() == before  # the other's, which says what its weights are

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import dalle as package
+from dalle.checkpoint import fingerprint
 from dalle.metrics import read_metrics
 from tests import tiny
 from tests.e2e.settings import dvae, options, prior
@@ -100,6 +101,7 @@ def test_every_picture_says_how_it_was_made_and_several_come_with_a_sheet(run, d
         assert facts == {
             "prompt": prompt, "picture": picture, "run": str(run), "seed": 11,
             "temperature": 0.5, "top_k": 7, "top_p": 0.9, "guidance": trained["guidance"],
+            "prior": fingerprint(run / "prior" / "weights.safetensors"), "weights": "auto",
         }  # fmt: skip
         with Image.open(path) as image:
             assert image.text["prompt"] == prompt

@@ -15,6 +15,7 @@ from dalle.data.open import open_source
 from dalle.data.shards import Shards
 from dalle.data.source import BadSample, Source
 from dalle.errors import DataError
+from tests import tiny
 
 
 def png(value, width=7, height=5):
@@ -77,6 +78,21 @@ def test_a_picture_without_readable_captions_is_a_bad_sample(tmp_path, content, 
         assert caught.value.key == "b.png"
 
 
+def test_links_to_folders_are_followed_once(tmp_path):
+    tiny.write_folder(tmp_path / "elsewhere")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "data")
+    assert len(Folder(tmp_path / "data")) == len(Folder(tmp_path / "elsewhere")) == 9
+
+
+def test_pictures_beside_shards_are_not_left_out_in_silence(tmp_path):
+    folder = tiny.write_folder(tmp_path / "data")
+    (folder / "a.tar").touch()
+    with pytest.raises(DataError, match=r"9 pictures beside 1 \.tar archives; give a folder of either kind"):
+        open_source(str(folder), "train", 8)
+
+
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(DataError, match="no picture among 0 files; give a folder of pictures") as caught:
         open_source(str(tmp_path), "train", 8)
@@ -122,9 +138,10 @@ def test_a_byte_order_mark_is_no_part_of_a_manifest(tmp_path, name):
     assert Manifest(tmp_path / name).captions(0) == ("a cat",)
 
 
-def test_a_caption_in_brackets_is_a_caption(tmp_path):
-    (tmp_path / "m.csv").write_text("image,caption\na.png,[sic] a cat\n")
-    assert Manifest(tmp_path / "m.csv").captions(0) == ("[sic] a cat",)
+@pytest.mark.parametrize("caption", ["[sic] a cat", "[2020]", "[[]]"])
+def test_a_caption_in_brackets_is_a_caption(tmp_path, caption):
+    (tmp_path / "m.csv").write_text(f"image,caption\na.png,{caption}\n")
+    assert Manifest(tmp_path / "m.csv").captions(0) == (caption,)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +234,23 @@ def test_many_shards_are_named_by_pattern_glob_or_folder(tmp_path, pattern):
     assert sorted(red(source[i]) for source in (train, heldout) for i in range(len(source))) == list(
         range(12)
     )
+
+
+def test_a_range_that_counts_backwards_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"\{5\.\.1\} counts backwards"):
+        Shards(str(tmp_path / "x{5..1}.tar"))
+
+
+def test_a_macs_shadow_of_a_shard_is_no_shard(tmp_path):
+    tiny.write_tar(tmp_path / "a.tar")
+    (tmp_path / "._a.tar").write_bytes((tmp_path / "a.tar").read_bytes())
+    assert len(Shards(str(tmp_path))) == 9
+
+
+def test_a_path_that_no_file_can_have_is_a_bad_sample(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"image": "a\\u0000.png", "caption": "x"}\n')
+    with pytest.raises(BadSample, match="null"):
+        Manifest(tmp_path / "m.jsonl")[0]
 
 
 def test_a_missing_shard_is_named(tmp_path):

@@ -140,3 +140,22 @@ def test_a_preview_lasts_as_long_as_the_drawing(tmp_path):
     assert not path.exists()
     with previewing(path.parent, [], wanted=False) as show:
         assert show is None
+
+
+def test_a_preview_that_was_there_stays_where_nothing_was_drawn(tmp_path):
+    (tmp_path / "preview.png").write_bytes(b"mine")
+    with pytest.raises(DataError), previewing(tmp_path, ["a star"], True):
+        raise DataError("too long")
+    assert (tmp_path / "preview.png").read_bytes() == b"mine"
+
+
+def test_reconstructions_of_two_calls_do_not_replace_each_other(tmp_path):
+    model, sources = tiny.dvae(), []
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        sources.append(tmp_path / name / "a.png")
+        sources[-1].write_bytes(tiny.png(len(sources), (40, 40)))
+    first, second, again = (save_reconstructions(tmp_path, model, [s])[0] for s in (*sources, sources[0]))
+    assert [path.name for path in (first, second, again)] == [
+        "a-reconstruction.png", "a-2-reconstruction.png", "a-reconstruction.png",
+    ]  # fmt: skip

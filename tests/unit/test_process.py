@@ -62,6 +62,18 @@ def test_a_second_process_is_refused_and_a_killed_one_lets_go(tmp_path):
             pass
 
 
+def test_a_folder_that_was_made_in_vain_goes_again(tmp_path):
+    with pytest.raises(ZeroDivisionError), only_process(tmp_path / "run" / "dvae"):
+        1 / 0  # noqa: B018
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "run").mkdir()
+    with only_process(tmp_path / "run" / "dvae"):
+        (tmp_path / "run" / "dvae" / "config.json").touch()
+    with only_process(tmp_path / "run" / "prior"):
+        pass
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["dvae"]
+
+
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python ≥ 3.12
 def test_a_data_worker_that_outlives_the_run_does_not_hold_the_folder(tmp_path):
     pipe, other = os.pipe()
