@@ -229,8 +229,6 @@ def sample(
     model = TextToImage.load(run, weights=weights, at_once=at_once)
     captions = [prompt for prompt in wanted for _ in range(n)]
     total = len(captions) * model.prior.config.cells
-    with Bar("drawing", total, unit="tokens") as bar, previewing(out, captions, preview) as shown:
-        pictures = model(wanted, n, seed=seed, sampling=sampling, on_token=bar.advance, preview=shown)
     how = model.resolve(sampling)
     made = {
         "run": NAME if builtin else str(run),
@@ -242,8 +240,10 @@ def sample(
         "top_p": how.top_p,
         "guidance": how.guidance,
     }
-    paths = save_drawings(out, pictures, captions, n, made)
-    say(f"drew {len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {bar.clock.seconds:.1f} s")
+    with Bar("drawing", total, unit="tokens") as bar, previewing(out, captions, preview) as shown:
+        pictures = model.stream(wanted, n, seed=seed, sampling=sampling, on_token=bar.advance, preview=shown)
+        paths = save_drawings(out, pictures, captions, n, made)
+    say(f"drew {len(captions)} picture{'s' if len(captions) > 1 else ''} in {bar.clock.seconds:.1f} s")
     for path in paths:
         typer.echo(path)
 

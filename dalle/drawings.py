@@ -20,11 +20,12 @@ from stage1_dvae.model import DVAE
 
 
 def save_drawings(
-    folder: Path, pictures: Sequence[Image.Image], captions: Sequence[str], n: int, made: Mapping[str, Any]
+    folder: Path, pictures: Iterable[Image.Image], captions: Sequence[str], n: int, made: Mapping[str, Any]
 ) -> list[Path]:
     """Write every picture as PNG with a .json beside it, and a contact sheet where there are several.
 
     Args:
+        pictures: written as they come.
         captions: the prompt of every picture, n pictures each in turn.
         made: run, seed and settings; also written into the PNGs. A file is replaced only by the picture
             of the same prompt and settings.
@@ -33,18 +34,21 @@ def save_drawings(
         The paths of the pictures, then of the sheet.
     """
     paths: list[Path] = []
-    for start in range(0, len(pictures), n):
+    drawn: list[Image.Image] = []
+    coming = iter(pictures)
+    for start in range(0, len(captions), n):
         prompt = captions[start]
         facts = [{"prompt": prompt, "picture": i, **made} for i in range(n)]
         names = _free(folder, _stem(prompt), [f"-seed{made['seed']}-{i}" for i in range(n)], facts)
-        for path, picture, fact in zip(names, pictures[start : start + n], facts, strict=True):
-            _save(path, picture, fact)
+        for path, fact in zip(names, facts, strict=True):
+            drawn.append(next(coming))
+            _save(path, drawn[-1], fact)
         paths += names
-    if len(pictures) > 1:
+    if len(drawn) > 1:
         stem = _stem(captions[0]) + ("" if len(set(captions)) == 1 else "-and-others")
         fact = {"prompts": list(captions), **made}
         (sheet,) = _free(folder, stem, [f"-seed{made['seed']}-sheet"], [fact])
-        _save(sheet, contact_sheet(pictures, captions), fact)
+        _save(sheet, contact_sheet(drawn, captions), fact)
         paths.append(sheet)
     return paths
 

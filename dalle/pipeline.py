@@ -1,6 +1,6 @@
 """From prompts to pictures: the tokenizer, the prior, and the dVAE on whose codes it was trained."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,20 @@ class TextToImage:
         on_token: Callable[[int], None] | None = None,
         preview: Preview | None = None,
     ) -> list[Image]:
-        """Draw `n` pictures for every prompt, in the order of the prompts.
+        """Draw `n` pictures for every prompt, in the order of the prompts. See `stream`."""
+        return list(self.stream(prompts, n, seed=seed, sampling=sampling, on_token=on_token, preview=preview))
+
+    def stream(
+        self,
+        prompts: str | Sequence[str],
+        n: int = 1,
+        *,
+        seed: int | Sequence[int] = 0,
+        sampling: Sampling | None = None,
+        on_token: Callable[[int], None] | None = None,
+        preview: Preview | None = None,
+    ) -> Iterator[Image]:
+        """Draw `n` pictures for every prompt, in the order of the prompts, and give each when it is finished.
 
         The same (prompt, seed) gives the same pictures, whatever n is and whatever is drawn beside them.
 
@@ -162,7 +175,7 @@ class TextToImage:
         if n < 1:
             raise DataError(f"n={n} pictures cannot be drawn; ask for at least 1")
         if not prompts:
-            return []
+            return
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise DataError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one, or one for each")
@@ -170,21 +183,22 @@ class TextToImage:
         together = min(max(1, self.at_once // n), len(prompts))  # prompts drawn side by side
         sampling = self.resolve(sampling)
         decoder = self._decoder(sampling.texts * together * min(n, self.at_once))
-        images: list[Image] = []
+        finished = 0
 
         def on_codes(drawn: list[Tensor]) -> None:
             if on_token is not None:
                 on_token(len(drawn[0]))
             if preview is not None:
-                self._preview(drawn, lambda pictures: preview(len(images), pictures))
+                self._preview(drawn, lambda pictures: preview(finished, pictures))
 
         for at in range(0, len(prompts), together):
             text = read(decoder, tokens[at : at + together], sampling)
             for first in range(0, n, self.at_once):
                 pictures = range(first, min(first + self.at_once, n))
                 codes = self._codes(decoder, text, seeds[at : at + together], pictures, sampling, on_codes)
-                images += self._images(codes)
-        return images
+                images = self._images(codes)
+                yield from images
+                finished += len(images)
 
     def _decoder(self, rows: int) -> Decoder:
         """The prior in the form for so many pictures side by side; kept until another number is asked for."""

@@ -159,3 +159,15 @@ def test_reconstructions_of_two_calls_do_not_replace_each_other(tmp_path):
     assert [path.name for path in (first, second, again)] == [
         "a-reconstruction.png", "a-2-reconstruction.png", "a-reconstruction.png",
     ]  # fmt: skip
+
+
+def test_what_is_finished_is_kept_where_drawing_is_stopped(tmp_path):
+    def coming():
+        yield from pictures(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_drawings(tmp_path, coming(), ["a star"] * 2 + ["a ring"] * 2, 2, MADE)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        "a-ring-seed3-0.png", "a-star-seed3-0.png", "a-star-seed3-1.png",
+    ]  # fmt: skip
