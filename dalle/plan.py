@@ -162,7 +162,7 @@ def make_plan(
         rank = training.compression_rank if asked else paper_rank(model.width)
     choice = Choice(
         zero if zero is not None else 3, training.moments, training.recompute,
-        training.together(cluster.gpus), training.offload == "cpu",
+        training.pictures_at_once(cluster.gpus), training.offload == "cpu",
         rank=rank if cluster.machines > 1 else 0, muon=training.optimizer == "muon", weights=training.weights,
     )  # fmt: skip
     stages = {s: memory(model, replace(choice, stage=s), cluster, precision) for s in range(4)}

@@ -104,7 +104,7 @@ class Training:
         largest = self.micro_batch or share
         return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= largest)
 
-    def together(self, processes: int) -> int:
+    def pictures_at_once(self, processes: int) -> int:
         """Pictures in a forward pass of each process; see `micro_batches`."""
         return self.batch_size // processes // self.micro_batches(processes)
 

@@ -169,7 +169,7 @@ def make_engine(
 
 def make_loader(source: Source, prepare: Prepare, config: Training, min_side: int) -> Loader:
     """The stream of this process' micro-batches."""
-    size = config.together(topology().world)
+    size = config.pictures_at_once(topology().world)
     return Loader(
         source, prepare, batch_size=size, seed=config.seed, workers=config.workers, min_side=min_side
     )

@@ -181,7 +181,7 @@ class Stage1:
         """Held-out ELBO; relaxed against hard reconstructions; a grid of both in pictures/."""
         sums: dict[str, float] = {}
         window = CodebookWindow(self.run.model.vocab_size)
-        at_once = min(AT_ONCE, self.config.together(topology().world))
+        at_once = min(AT_ONCE, self.config.pictures_at_once(topology().world))
         for start in range(0, len(self.heldout), at_once):
             pixels = to_pixels(self.heldout[start : start + at_once])
             places = range(start, start + len(pixels))

@@ -48,7 +48,7 @@ def audit(folder: Path, codes: Codes, batches: int, data: str | None = None) -> 
     source = open_source(data or saved["data"], "train", codes.image_size, training.heldout)
     size, words = codes.image_size, model.config.text_length - 1
     prepare = partial(prepare_plainly, tokenizer=tokenizer, size=size, words=words)
-    together = training.together(1)
+    together = training.pictures_at_once(1)
     loader = Loader(source, prepare, batch_size=together, seed=training.seed, min_side=size)
     pixels, tokens = (t.to(codes.vectors.device) for t in loader.first(batches * together))
 

@@ -160,7 +160,7 @@ def prepare(
 def _attention(run: Plan, device: torch.device, precision: Arithmetic) -> Backend:
     """The setting resolved. It is kept in config.json: a run that goes on has to give the same bits."""
     config: PriorTraining = run.training
-    pictures = max(1, config.together(topology().world) // cores(device))
+    pictures = max(1, config.pictures_at_once(topology().world) // cores(device))
     return backends.choose(config.attention, run.model, min(pictures, TRIED), DTYPES[precision], device)
 
 
@@ -274,7 +274,7 @@ class Stage2:
         self.cut = torch.tensor(0)  # captions cut to the text slots since the start
         self.seen = 0  # all captions
         self.heldout_tokens = heldout[1]
-        self.at_once = min(AT_ONCE, self.config.together(topology().world))
+        self.at_once = min(AT_ONCE, self.config.pictures_at_once(topology().world))
         self.heldout_codes = torch.cat([self.encode(part) for part in heldout[0].split(self.at_once)])
         counts = torch.bincount(self.heldout_codes.flatten(), minlength=codes.vocab_size).double()
         p = counts[counts > 0] / counts.sum()

@@ -46,7 +46,7 @@ def session(folder: Path = Path(), **changes: Any) -> Session:
     model = build(lambda: Prior(PriorConfig(**SHAPE)), config)
     model.recompute = config.zero == 3
     engine = make_engine(model, config, "fp32", variance_limit=5.0, matrices=model.matrices())
-    size = config.together(topology().world)
+    size = config.pictures_at_once(topology().world)
     return Session(Toy(model, False), engine, Samples(size), config, folder, topology())
 
 

@@ -114,7 +114,7 @@ def session(folder: Path = Path(), *, sick: bool = False, **changes: Any) -> Ses
     model = build(lambda: Prior(MODEL), config)
     model.recompute = config.zero == 3
     engine = make_engine(model, config, config.precision, variance_limit=5.0, matrices=model.matrices())
-    size = config.together(topology().world)
+    size = config.pictures_at_once(topology().world)
     return Session(Toy(model, sick), engine, Samples(size), config, folder, topology())
 
 

@@ -73,7 +73,7 @@ class Regression:
             self.model, optimizer, Average(self.model.parameters(), config.ema_decay, config.ema_every),
             clip=config.clip, precision="fp32",
         )  # fmt: skip
-        self.loader = Loader(Points(), prepare, batch_size=config.together(1), seed=config.seed)
+        self.loader = Loader(Points(), prepare, batch_size=config.pictures_at_once(1), seed=config.seed)
 
     def run(self) -> bool:
         return fit(Session(self, self.engine, self.loader, self.config, self.folder, ALONE))
