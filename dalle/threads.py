@@ -4,8 +4,9 @@ The layers of a small model are too short to be shared out one by one: threads i
 spend their time waiting for each other. Pieces of the batch have nothing in common but the weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,17 @@ def cores(device: torch.device) -> int:
     """Threads worth having: torch's own number on a CPU that is one process's own."""
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     return torch.get_num_threads() if device.type == "cpu" and alone else 1
+
+
+@contextmanager
+def using(count: int) -> Iterator[None]:
+    """While it lasts, torch's operations have so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Threads:

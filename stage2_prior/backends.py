@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from dalle.console import warn
 from dalle.errors import ConfigError
-from dalle.threads import cores
+from dalle.threads import cores, using
 from stage2_prior.config import Backend, PriorConfig
 from stage2_prior.masks import Kind, allowed, dense, kinds
 
@@ -240,11 +240,9 @@ def choose(
     layers = {
         name: [BACKENDS[name](config, kind) for kind in sorted(set(kinds(config.depth)))] for name in usable
     }
-    threads = torch.get_num_threads()
-    if cores(device) > 1:
-        torch.set_num_threads(1)  # as in training, where each core has pictures of its own
-    try:
-        best: dict[Backend, float] = {}
+    best: dict[Backend, float] = {}
+    # As in training, where each core has pictures of its own.
+    with using(1 if cores(device) > 1 else torch.get_num_threads()):
         for name in usable:
             try:
                 _seconds(layers[name], config.heads, qkv)  # warms up
@@ -255,8 +253,6 @@ def choose(
         for _ in range(TRIES):
             for name in best:
                 best[name] = min(best[name], _seconds(layers[name], config.heads, qkv))
-    finally:
-        torch.set_num_threads(threads)
     if not best:
         raise ConfigError("no form of attention works here: see the warnings above")
     return min(best, key=best.__getitem__)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dalle.errors import ConfigError
 from dalle.text import NO_TOKEN
+from dalle.threads import using
 from stage2_prior.decode import Decoder, Text
 
 COLD = 1e-6  # below this temperature logits over it overflow, and the likeliest code is drawn anyway
@@ -119,7 +120,8 @@ def draw(
     checked = 1 if device.type == "cpu" else grid  # cells between two looks at `finite`
     go = one_cell if device.type == "cpu" else _recorded(one_cell, start_over)
     for cell in range(cells):
-        go()
+        with using(decoder.threads):
+            go()
         if (cell + 1) % checked == 0 and not finite[cell + 1 - checked : cell + 1].all():
             broken = int(finite.int().argmin())
             raise ConfigError(f"the prior's logits are not finite at cell {broken}: its weights are broken")

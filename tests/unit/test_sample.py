@@ -1,15 +1,17 @@
 """Drawing codes: the cache, the noise, and the choice of a code."""
 
 import math
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from dalle.errors import ConfigError
+from dalle.threads import using
 from stage2_prior.decode import Decoder
 from stage2_prior.masks import kinds
-from stage2_prior.sample import Sampling, choose, draw, noise
+from stage2_prior.sample import Sampling, choose, draw, noise, read
 from tests import oracles, tiny
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -204,3 +206,27 @@ def test_rows_are_cut_and_drawn_each_by_itself():
 def test_settings_that_cannot_be_are_refused(how, message):
     with pytest.raises(ConfigError, match=message):
         Sampling(**how)
+
+
+@pytest.mark.parametrize("faster", [1, 2])
+def test_cells_are_drawn_with_as_many_threads_as_are_fastest(monkeypatch, faster):
+    """Waking a second one takes longer than a small model's products. The caller keeps its own number."""
+    model, seen, step = tiny.prior(), [], Decoder.step
+
+    def slow_otherwise(*arguments):
+        seen.append(torch.get_num_threads())
+        time.sleep(0.0 if seen[-1] == faster else 0.01)
+        return step(*arguments)
+
+    monkeypatch.setattr(Decoder, "step", slow_otherwise)
+    tokens, _ = tiny.batch(model, 1)
+    with using(2):
+        decoder = Decoder(model, 1)
+        assert decoder.threads == faster
+        assert set(seen) == {1, 2}
+        seen.clear()
+        for _ in draw(
+            decoder, read(decoder, tokens, Sampling()), noise(0, range(1), model.config.cells), Sampling()
+        ):
+            assert torch.get_num_threads() == 2
+    assert seen == [faster] * model.config.cells
