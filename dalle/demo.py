@@ -32,10 +32,10 @@ def demo(run: Path, minutes: float) -> bool:
     Raises:
         ConfigError: less than a minute, or a demo of other minutes was begun there.
     """
-    if not 1 <= minutes < math.inf:
-        raise ConfigError(
-            f"minutes={minutes:g}: too short to see anything learned, or no number; give 1 or more"
-        )
+    if not math.isfinite(minutes):
+        raise ConfigError(f"minutes={minutes:g} is no time to train for; give at least 1")
+    if minutes < 1:
+        raise ConfigError(f"minutes={minutes:g} is too short to see anything learned; give at least 1")
     _same_demo(run / "demo.json", minutes)
     say(f"demo: about {duration(60 * minutes)}, in {run}; a stop loses nothing, the same command goes on")
 

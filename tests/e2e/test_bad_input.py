@@ -103,7 +103,7 @@ def test_an_empty_path(dalle, tmp_path):
 @pytest.mark.parametrize("minutes", ["nan", "inf", "0"])
 def test_a_demo_of_no_time(dalle, tmp_path, minutes):
     line = complaint(dalle("demo", "--minutes", minutes, "--run", tmp_path / "demo"))
-    assert line.endswith("give 1 or more")
+    assert line.endswith("give at least 1")
     assert not (tmp_path / "demo").exists()
 
 

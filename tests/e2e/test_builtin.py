@@ -65,7 +65,7 @@ def test_info_tells_how_it_was_trained(dalle, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("export", "nowhere", "out"), "nowhere/dvae/config.json does not exist"),
+        (("export", "nowhere", "out"), "nowhere holds no trained dvae"),
         (("export", "scenes", "."), ". is not empty: name a new folder"),
         (("evaluate", "--run", "nowhere"), "nowhere holds no trained dvae: `dalle train-dvae --run nowhere`"),
         (("demo", "--minutes", "0.2"), "minutes=0.2 is too short to see anything learned; give at least 1"),

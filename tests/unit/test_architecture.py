@@ -16,7 +16,7 @@ LEVEL = {
     "stage2_prior": 1,
     "dalle.pipeline": 2,
     "dalle.drawings": 2,
-    "dalle.export": 2,
+    "dalle.export": 3,
     "dalle.bench": 3,
     "dalle.forecast": 2,
     "dalle.plan": 3,
