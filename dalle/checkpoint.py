@@ -112,7 +112,10 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> str:
     """Write `folder`/weights.safetensors and return its fingerprint."""
     path = folder / "weights.safetensors"
     with replacing(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, partial)
+        partial.chmod(mode)  # as of any other file: safetensors lets its owner alone read it
     return fingerprint(path)
 
 

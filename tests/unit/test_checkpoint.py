@@ -333,6 +333,12 @@ def test_weights_come_back_and_have_the_fingerprint_of_their_file(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_weights_may_be_read_by_whoever_may_read_other_files(tmp_path):
+    save_weights(tmp_path, {"w": torch.zeros(3)})
+    (tmp_path / "other").touch()
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_weights_load_into_a_model_without_storage(tmp_path):
     saved = net(0)
     save_weights(tmp_path, saved.state_dict())
