@@ -107,10 +107,8 @@ Guidance = Annotated[
 ]
 Seed = Annotated[
     int,
-    typer.Option(
-        min=0, max=2**63 - 1, help="Decides the noise: the same seed draws the same pictures.",
-    ),
-]  # fmt: skip
+    typer.Option(min=0, max=2**63 - 1, help="Decides the noise: the same seed draws the same pictures."),
+]
 Prompts = Annotated[
     list[str],
     typer.Argument(metavar="PROMPT…", help="What to draw; - reads prompts from standard input, one a line."),

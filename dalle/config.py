@@ -48,6 +48,11 @@ def override(sections: Mapping[str, Any], settings: Sequence[str]) -> dict[str, 
     return {name: dataclasses.replace(section, **changes[name]) for name, section in sections.items()}
 
 
+def keys(settings: Sequence[str]) -> set[str]:
+    """What `key=value` texts name."""
+    return {text.partition("=")[0].strip() for text in settings}
+
+
 def _unknown(key: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(key, known, n=1)
     advice = f"did you mean {close[0]!r}?" if close else "--show-config lists all settings"

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from dalle.builtin import find_run
-from dalle.checkpoint import load_tensors, read_json, replacing, save_weights, unwritable, write_json
+from dalle.checkpoint import read_json, replacing, save_weights, unwritable, write_json
 from dalle.config import to_json
 from dalle.errors import CheckpointError
 from dalle.pipeline import TextToImage
+from stage1_dvae.model import DVAE
 from stage2_prior.model import Prior
 
 
@@ -26,10 +27,10 @@ def export(run: Path, out: Path) -> int:
     run = find_run(run)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out} is {'not empty' if out.is_dir() else 'a file'}: name a new folder")
-    TextToImage.load(run, "cpu")  # refuses what could not draw
+    model = TextToImage.load(run, "cpu")  # refuses what could not draw
     partial = out.with_name(f"{out.name}.partial")
     try:
-        _write_all(run, partial)
+        _write_all(run, model.prior, model.dvae, partial)
         if out.exists():
             out.rmdir()
         partial.replace(out)
@@ -40,11 +41,10 @@ def export(run: Path, out: Path) -> int:
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 
-def _write_all(run: Path, out: Path) -> None:
+def _write_all(run: Path, prior: Prior, dvae: DVAE, out: Path) -> None:
     dvae_config, prior_config = (read_json(run / stage / "config.json") for stage in ("dvae", "prior"))
-    of_dvae = load_tensors(run / "dvae" / "weights.safetensors")
-    prior = Prior.load(run / "prior").folded()  # 16 bits of sums, not sums of 16 bits
-    prior_config["dvae"] = _write(out / "dvae", dvae_config, of_dvae)
+    prior = prior.folded()  # 16 bits of sums, not sums of 16 bits
+    prior_config["dvae"] = _write(out / "dvae", dvae_config, dvae.state_dict())
     prior_config["model"] = to_json(prior.config)
     _write(out / "prior", prior_config, prior.state_dict())
     for name in ("prior/tokenizer.json", "report.json"):

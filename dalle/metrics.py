@@ -84,9 +84,7 @@ class Window:
         """Take in the metrics of one update that saw so many pictures; not every update has every metric."""
         for name, value in metrics.items():
             values = self.finite.setdefault(name, [])
-            if math.isfinite(
-                value
-            ):  # a dropped update's gradient is not, and the others' mean should be told
+            if math.isfinite(value):  # a dropped update's gradient is not; the others' mean is told
                 values.append(value)
         self.pictures += pictures
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dalle.cluster import Choice, Cluster
-from dalle.config import override
+from dalle.config import keys, override
 from dalle.config import preset as named_preset
 from dalle.errors import ConfigError
 from dalle.forecast import Cost, Memory, Traffic, cost, memory, paper_memory, traffic
@@ -158,7 +158,7 @@ def make_plan(
     if training.precision != "auto":
         precision = training.precision
     if rank is None:
-        asked = any(text.partition("=")[0].strip() == "compression_rank" for text in settings)
+        asked = "compression_rank" in keys(settings)
         rank = training.compression_rank if asked else paper_rank(model.width)
     choice = Choice(
         zero if zero is not None else 3, training.moments, training.recompute,

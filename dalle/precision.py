@@ -14,7 +14,7 @@ DTYPES: dict[Arithmetic, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bf
 
 
 def best_device() -> torch.device:
-    """CUDA where there is one, otherwise the CPU. There fp32 is fp32: convolutions would take TF32 for it."""
+    """CUDA where there is one, with convolutions in fp32 where they would take TF32 for it; or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.backends.cudnn.allow_tf32 = False
@@ -37,6 +37,14 @@ def choose(precision: Precision, device: torch.device) -> Arithmetic:
     if precision != "auto":
         return precision
     return "bf16" if 2 * _seconds(torch.bfloat16) < _seconds(torch.float32) else "fp32"
+
+
+def as_they_are(device: torch.device) -> AbstractContextManager[object]:
+    """The context in which products have the types of their operands, whatever is around them.
+
+    Where only shapes count there is no data, and no autocast of its device.
+    """
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
 def _seconds(dtype: torch.dtype) -> float:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dalle.checkpoint import FORMAT, read_json, write_json
-from dalle.config import describe, from_json, override, preset, to_json
+from dalle.config import describe, from_json, keys, override, preset, to_json
 from dalle.errors import ConfigError
 from dalle.precision import best_device
 from dalle.states import state_folders
@@ -90,7 +90,7 @@ def plan(
     name = options.preset or default_preset
     model, training = preset(presets, name)
     sections = override({"model": model, "training": training}, settings)
-    chosen = {text.partition("=")[0].strip() for text in settings}
+    chosen = keys(settings)
     scaled = _scale_horizons(sections["training"], training.steps, chosen)
     return Plan(folder, name, options.data or default_data, sections["model"], scaled, resumed=False)
 
@@ -128,12 +128,11 @@ def _continued(
     name, data = saved.get("preset"), saved.get("data")
     if not isinstance(name, str) or not isinstance(data, str):
         raise ConfigError(f"{path} does not name the preset and the data of its run")
-    asked = options.data is not None and os.path.abspath(options.data) != os.path.abspath(data)
-    for what, was, now, differs in (
-        ("--preset", name, options.preset, options.preset not in (None, name)),
-        ("--data", data, options.data, asked),
-    ):
-        if differs:
+    asked = options.data
+    if asked is not None and os.path.abspath(asked) == os.path.abspath(data):
+        asked = data  # the same place, written otherwise
+    for what, was, now in (("--preset", name, options.preset), ("--data", data, asked)):
+        if now is not None and now != was:
             raise ConfigError(
                 f"{folder} was started with {what} {was}, not {now}: keep it, or use another --run"
             )

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dalle.checkpoint import load_model
 from dalle.initial import draw_seed, draw_weights
+from dalle.precision import as_they_are
 from dalle.threads import Threads, cores
 from stage1_dvae.config import DVAEConfig
 from stage1_dvae.likelihood import map_pixels, reconstruction
@@ -39,8 +40,7 @@ class Conv2d(nn.Module):
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
         if not self.fp32:
             return self._convolve(x)
-        # Where only FLOPs are counted there is no data, and no autocast of its device.
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        with as_they_are(x.device):
             return self._convolve(x.float())
 
     def _convolve(self, x: Tensor) -> Tensor:

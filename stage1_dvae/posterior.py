@@ -17,10 +17,8 @@ from torch import Tensor
 
 from dalle.threads import Threads
 
-AT_ONCE = {
-    "cpu": 2**19,
-    "cuda": 2**26,
-}  # log-probabilities at a time: what a core's cache holds; enough for a GPU
+# Log-probabilities at a time: what a core's cache holds; enough for a GPU.
+AT_ONCE = {"cpu": 2**19, "cuda": 2**26}
 
 
 class Posterior(NamedTuple):

@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from dalle.console import warn
 from dalle.errors import ConfigError
+from dalle.precision import as_they_are
 from dalle.threads import cores, using
 from stage2_prior.config import Backend, PriorConfig
 from stage2_prior.masks import Kind, allowed, dense, kinds
@@ -154,7 +155,7 @@ class _BlockAttention(torch.autograd.Function):
         x = x.flatten(1, 2).contiguous()
         q, k, v = x
         y, shares = torch.empty_like(q), []
-        with torch.autocast(qkv.device.type, enabled=False):
+        with as_they_are(qkv.device):
             for tile in layout.tiles:
                 bias, keys = tile.bias.expand(len(q), -1, -1), _seen(k, tile)
                 scores = torch.baddbmm(bias, q[:, tile.queries], keys.mT, alpha=q.shape[-1] ** -0.5)
@@ -172,7 +173,7 @@ class _BlockAttention(torch.autograd.Function):
         dy = layout.sort(rearrange(dy, "b t (h d) -> b h t d", h=heads)).flatten(0, 1)
         dx = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))  # sums of many tiles
         (q, k, v), (dq, dk, dv) = x, dx
-        with torch.autocast(dy.device.type, enabled=False):
+        with as_they_are(dy.device):
             for tile, share in zip(layout.tiles, shares, strict=True):
                 dy_here = dy[:, tile.queries]
                 dshare = torch.bmm(dy_here, _seen(v, tile).mT)

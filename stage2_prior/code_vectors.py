@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dalle.precision import as_they_are
 from stage2_prior.activation import gelu
 from stage2_prior.config import PriorConfig
 
@@ -33,8 +34,7 @@ class CodeVectors(nn.Module):
 
     def forward(self) -> tuple[Float[Tensor, "v w"], Float[Tensor, "v w"]]:
         """The parts of the embeddings and of the head's rows, of all codes; in fp32, as those are."""
-        # Where only shapes count there is no data, and no autocast of its device.
-        with torch.autocast("cpu" if self.vectors.is_meta else self.vectors.device.type, enabled=False):
+        with as_they_are(self.vectors.device):
             hidden = gelu(self.up(self.vectors))
             return self.embedding(hidden), self.head(hidden)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dalle.boundary import opened
+from dalle.precision import as_they_are
 from dalle.text import NO_TOKEN
 from dalle.threads import using
 from stage2_prior.linear import Fast, Weights, fastest, resolve
@@ -208,7 +209,7 @@ class Decoder:
             state: of the slots before; this one joins it.
         """
         width = (self.config.width,)
-        with torch.autocast(self.device.type, enabled=False):
+        with as_they_are(self.device):
             read = {kind: self._open(kind, state.masks[kind], slot) for kind in self.windows}
             x = self.codes.index_select(0, codes) + self.places.index_select(0, slot)
             for layer, fast, cache in zip(self.layers, self.fast, state.caches, strict=True):

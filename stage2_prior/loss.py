@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dalle.precision import as_they_are
 from dalle.threads import Threads
 from stage2_prior.model import Prior
 
@@ -74,7 +75,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: int) -> Tensor:
         total, wanted = states.new_zeros(()), any(ctx.needs_input_grad)
         grads = [torch.empty_like(states), torch.zeros_like(weight), torch.zeros_like(bias)]
-        with torch.autocast(states.device.type, enabled=False):
+        with as_they_are(states.device):
             for at in range(0, len(states), rows):
                 x, target = states[at : at + rows], targets[at : at + rows, None]
                 logits = torch.addmm(bias, x, weight.t())

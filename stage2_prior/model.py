@@ -24,6 +24,7 @@ from dalle.boundary import LayerNorm, Linear, residual
 from dalle.checkpoint import load_model
 from dalle.initial import draw_seed, draw_weights
 from dalle.optim import full_shape
+from dalle.precision import as_they_are
 from stage2_prior.activation import gelu
 from stage2_prior.attention import Attention
 from stage2_prior.backends import BACKENDS
@@ -265,7 +266,7 @@ def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
 
 
 def _in_fp32(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    with torch.autocast(states.device.type, enabled=False):
+    with as_they_are(states.device):
         return F.linear(states.float(), weight.float(), bias.float())
 
 

@@ -271,9 +271,9 @@ class Stage2:
         self.flops_per_picture = 3 * matrix_flops(run.model)  # the backward pass takes twice the forward's
         self.threads = Threads(cores(model.start_of_text.device))
         self.plateau = Plateau(self.config.patience)
-        self.cut = torch.tensor(0)  # captions cut to the text slots since the start
-        self.seen = 0  # all captions
         self.heldout_tokens = heldout[1]
+        # Captions cut to the text slots since the start, counted where batches lie; and all captions.
+        self.cut, self.seen = torch.zeros_like(self.heldout_tokens[0, 0]), 0
         self.at_once = min(AT_ONCE, self.config.pictures_at_once(topology().world))
         self.heldout_codes = torch.cat([self.encode(part) for part in heldout[0].split(self.at_once)])
         counts = torch.bincount(self.heldout_codes.flatten(), minlength=codes.vocab_size).double()
@@ -303,7 +303,7 @@ class Stage2:
     def loss(self, batch: Batch, step: int, positions: range) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted cross-entropy of one micro-batch."""
         pixels, tokens, cut = batch
-        self.cut, self.seen = self.cut.to(cut.device) + cut.sum(), self.seen + len(cut)
+        self.cut, self.seen = self.cut + cut.sum(), self.seen + len(cut)
         text, image = losses(self.model, tokens, self.encode(pixels), self.words, self.threads)
         return self.weighted(text, image), self.metrics(text.detach(), image.detach())
 
