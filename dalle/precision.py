@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from dalle.errors import ConfigError
+from dalle.threads import using
 
 Arithmetic = Literal["fp32", "bf16", "fp16"]  # of matrix products; weights are fp32 in each
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -25,7 +26,8 @@ def choose(precision: Precision, device: torch.device) -> Arithmetic:
     """Resolve `auto`, and refuse what the device cannot do.
 
     On a CPU the answer is measured, because torch reports bf16 support on machines that emulate it
-    many times slower than fp32: 256³ products in both types, a tenth of a second at worst.
+    many times slower than fp32: 512³ products in both types by one thread, as handing work over would
+    hide how fast bf16 is; a quarter of a second at worst.
     """
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -48,12 +50,13 @@ def as_they_are(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _seconds(dtype: torch.dtype) -> float:
-    a = torch.ones(256, 256, dtype=dtype)
+    a = torch.ones(512, 512, dtype=dtype)
     times = []
-    for _ in range(4):  # the first one warms up; the best of the rest is the least disturbed
-        start = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - start)
+    with using(1):
+        for _ in range(4):  # the first one warms up; the best of the rest is the least disturbed
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
     return min(times[1:])
 
 
