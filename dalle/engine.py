@@ -21,7 +21,7 @@ from dalle.optim import AdamW, Average, full_shape
 from dalle.overlap import Work
 from dalle.piece import Piece, gradient_of
 from dalle.powersgd import PowerSGD
-from dalle.precision import Arithmetic, arithmetic
+from dalle.precision import Arithmetic, arithmetic, products
 from dalle.scaling import REST, Scaling
 
 R = TypeVar("R")
@@ -89,7 +89,8 @@ class Engine:
         self.passes += 1
         if self.buckets is not None and self.passes == micro_batches:
             self.buckets.expect()
-        (loss / micro_batches).backward()
+        with products(self.precision, self.device):
+            (loss / micro_batches).backward()
 
     def pieces(self) -> list[Piece]:
         """The gradient of an update, in fp32, between its last `backward` and `update`."""

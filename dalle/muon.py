@@ -7,7 +7,8 @@ Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural netw
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,28 +17,37 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dalle.piece import Piece
-from dalle.threads import Threads
 
 MOMENTUM = 0.95
+AT_ONCE = 2**24  # numbers in the matrices that are turned together
 ROUNDS = 5
 # Of x → a·x + b·x³ + c·x⁵, which takes every singular value from (0, 1] to near 1: between 0.68 and 1.14
 # after five rounds for those that were at least a hundredth of the gradient's norm.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonal(matrix: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+def orthogonal(
+    matrices: Float[Tensor, "*b m n"], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*b m n"]:
     """The same singular vectors, every singular value near 1 (Newton–Schulz); 0 stays 0.
 
-    On CUDA in bf16, whose rounding the rounds forgive.
+    Args:
+        dtype: of the products; the rounds forgive the rounding of bf16.
     """
     a, b, c = QUINTIC
-    x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
-    x = x / (x.norm() + 1e-7)
-    wide = x if len(x) <= x.shape[1] else x.t()
+    tall = _tall(matrices.shape[-2:])
+    x = (matrices.mT if tall else matrices).float()
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)
+    shape, x = x.shape, x.reshape(-1, *x.shape[-2:])
     for _ in range(ROUNDS):
-        square = wide @ wide.t()
-        wide = a * wide + (b * square + c * square @ square) @ wide
-    return (wide if len(x) <= x.shape[1] else wide.t()).to(matrix.dtype)
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    x = x.view(shape).to(matrices.dtype)
+    return x.mT if tall else x
+
+
+def _tall(shape: Sequence[int]) -> bool:
+    return shape[0] > shape[1]
 
 
 class Muon:
@@ -48,7 +58,7 @@ class Muon:
         ratio: of their step size to AdamW's.
         partitioned: does each of the processes `shards` (by default all) hold a run of every gradient?
             Each then puts them together, a matrix at a time, and keeps its run of the step.
-        threads: take a matrix each: such small products gain nothing from threads inside of them.
+        dtype: see `orthogonal`.
     """
 
     def __init__(
@@ -57,10 +67,10 @@ class Muon:
         ratio: float,
         partitioned: bool = False,
         shards: Any = None,
-        threads: Threads | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.shapes, self.ratio = dict(sorted(shapes.items())), ratio
-        self.partitioned, self.shards, self.threads = partitioned, shards, threads or Threads(1)
+        self.shapes, self.ratio, self.dtype = dict(sorted(shapes.items())), ratio, dtype
+        self.partitioned, self.shards = partitioned, shards
         self.momenta: dict[str, Tensor] = {}  # this process' runs, flat
 
     @torch.no_grad()
@@ -68,15 +78,26 @@ class Muon:
         """Replace the matrices' gradients by their steps, in place; the others stay as they are."""
         held = {piece.name: piece for piece in pieces}
         device = pieces[0].grad.device if pieces else torch.device("cpu")
-        every, count = list(self.shapes), self.threads.count
-        for names in (every[at : at + count] for at in range(0, len(every), count)):
-            whole = [self._ahead(name, held.get(name), device) for name in names]
-            for name, step in zip(names, self.threads.map(orthogonal, whole), strict=True):
+        for names in self._alike():
+            ahead = [self._ahead(name, held.get(name), device) for name in names]
+            wide = torch.stack([whole.t() if _tall(whole.shape) else whole for whole in ahead])
+            for name, step in zip(names, orthogonal(wide, self.dtype), strict=True):
                 if (piece := held.get(name)) is not None:
                     rows, columns = self.shapes[name]
+                    step = step.t() if _tall(self.shapes[name]) else step
                     run = step.flatten()[piece.offset :][: piece.grad.numel()]
                     piece.grad.copy_(run.view_as(piece.grad))
                     piece.grad.mul_(self.ratio * math.sqrt(max(1, rows / columns)))
+
+    def _alike(self) -> Iterator[list[str]]:
+        """Names of matrices that are of one shape but for which side is the longer; a few at a time."""
+
+        def sides(name: str) -> list[int]:
+            return sorted(self.shapes[name])
+
+        for (rows, columns), group in groupby(sorted(self.shapes, key=sides), sides):
+            names, count = list(group), max(1, AT_ONCE // (rows * columns))
+            yield from (names[at : at + count] for at in range(0, len(names), count))
 
     def _ahead(self, name: str, piece: Piece | None, device: torch.device) -> Tensor:
         """The whole mean gradient, a step ahead (Nesterov); `piece` is what this process holds of it."""

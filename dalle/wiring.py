@@ -20,7 +20,6 @@ from dalle.packed import PackedAdamW
 from dalle.powersgd import PowerSGD
 from dalle.precision import Arithmetic, best_device, choose
 from dalle.scaling import Scaling
-from dalle.threads import Threads, cores
 from dalle.training import LargeTraining, Training
 
 M = TypeVar("M", bound=nn.Module)
@@ -142,8 +141,11 @@ def make_engine(
     if isinstance(config, LargeTraining) and config.optimizer == "muon":
         ratio, named = config.muon_lr / config.lr, dict(model.named_parameters())
         adamw = partial(AdamW, plain=matrices, plain_decay=ratio * config.weight_decay)
-        threads = Threads(cores(next(model.parameters()).device))
-        muon = Muon({n: full_shape(named[n]) for n in matrices}, ratio, not whole, here.shards, threads)
+        device = next(model.parameters()).device
+        muon = Muon(
+            {n: full_shape(named[n]) for n in matrices}, ratio, not whole, here.shards,
+            torch.bfloat16 if precision == "bf16" or device.type == "cuda" else torch.float32,
+        )  # fmt: skip
     optimizer = adamw(
         model, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
         variance_limit=variance_limit,

@@ -24,7 +24,7 @@ from dalle.muon import Muon
 from dalle.optim import AdamW, Average, full_shape
 from dalle.piece import Piece
 from dalle.powersgd import PowerSGD
-from dalle.precision import Arithmetic
+from dalle.precision import Arithmetic, products
 from dalle.scaling import Scaling
 
 BUCKET = 50_000_000  # numbers that are reduced or gathered at a time
@@ -233,11 +233,11 @@ class ZeroEngine(Engine):
 
     def backward(self, loss: Tensor, micro_batches: int) -> None:
         """See `Engine.backward`."""
-        if not self.deep.is_gradient_accumulation_boundary():
+        last = self.deep.is_gradient_accumulation_boundary()
+        with products(self.precision, self.device):
             self.deep.backward(loss)
+        if not last:
             self.deep.step()  # counts the micro-batch
-        else:
-            self.deep.backward(loss)
 
     def pieces(self) -> list[Piece]:
         """See `Engine.pieces`."""

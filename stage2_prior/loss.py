@@ -10,7 +10,10 @@ from dalle.precision import as_they_are
 from dalle.threads import Threads
 from stage2_prior.model import Prior
 
-AT_ONCE = {"cpu": 2**19, "cuda": 2**26}  # logits held at a time: what a core's cache holds; enough for a GPU
+# Logits held at a time: what a core's cache holds; enough for a GPU. Products in bf16 want more rows, since
+# each of them rounds the whole head anew.
+AT_ONCE = {"cpu": 2**19, "cuda": 2**26}
+AT_ONCE_IN_BF16 = 2**21
 
 
 def losses(
@@ -65,9 +68,14 @@ def cross_entropy(
     Args:
         at_once: how many logits; what suits the device unless it is given.
     """
-    rows = max(1, (at_once or AT_ONCE[states.device.type]) // len(weight))
+    rows = max(1, (at_once or _at_once(states.device)) // len(weight))
     total: Tensor = _CrossEntropy.apply(states.float(), weight.float(), bias.float(), targets, rows)
     return total
+
+
+def _at_once(device: torch.device) -> int:
+    in_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return AT_ONCE_IN_BF16 if device.type == "cpu" and in_bf16 else AT_ONCE[device.type]
 
 
 class _CrossEntropy(torch.autograd.Function):
