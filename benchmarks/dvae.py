@@ -25,6 +25,7 @@ from stage1_dvae.config import PRESETS, DVAEConfig
 from stage1_dvae.likelihood import log_likelihood
 from stage1_dvae.loss import elbo
 from stage1_dvae.model import DVAE
+from stage1_dvae.posterior import noise_of
 
 SHAPES: dict[str, tuple[DVAEConfig, int]] = {
     "the tiny preset": (PRESETS["tiny"][0], 16),
@@ -42,7 +43,7 @@ def ours(model: DVAE, pixels: torch.Tensor) -> Callable[[], None]:
     optimizer = AdamW(model, betas=BETAS, weight_decay=DECAY)
     average = Average(model.parameters(), 0.999, 1)
     engine = Engine(model, optimizer, average, clip=CLIP, precision=precision)
-    generators = [torch.Generator(device).manual_seed(i) for i in range(len(pixels))]
+    generators = [noise_of(device, i) for i in range(len(pixels))]
 
     def step() -> None:
         with engine.arithmetic():

@@ -32,6 +32,7 @@ from stage1_dvae.config import DVAEConfig
 from stage1_dvae.loss import elbo
 from stage1_dvae.model import DVAE
 from stage1_dvae.model import matrix_flops as dvae_flops
+from stage1_dvae.posterior import noise_of
 from stage2_prior import backends
 from stage2_prior.config import PRESETS as PRIOR_PRESETS
 from stage2_prior.config import PriorConfig, PriorTraining
@@ -242,7 +243,7 @@ def _dvae(cases: Cases, device: torch.device, precision: Arithmetic) -> list[Row
     model = DVAE(config).to(device).for_speed()
     engine = make_engine(model, DVAE_PRESETS["tiny"][1], precision)
     pixels = torch.rand(batch, 3, config.image_size, config.image_size, device=device)
-    generators = [torch.Generator(device).manual_seed(i) for i in range(batch)]
+    generators = [noise_of(device, i) for i in range(batch)]
 
     def step() -> None:
         with engine.arithmetic():

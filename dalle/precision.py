@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -71,7 +71,8 @@ def products(precision: Arithmetic, device: torch.device) -> Iterator[None]:
     if precision != "bf16" or device.type != "cpu":
         yield
         return
-    kinds = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+    onednn: Any = torch.backends.mkldnn
+    kinds = (onednn.matmul, onednn.conv)
     before = [kind.fp32_precision for kind in kinds]
     try:
         for kind in kinds:

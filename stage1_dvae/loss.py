@@ -10,13 +10,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from stage1_dvae.likelihood import log_likelihood
 from stage1_dvae.model import DVAE
-from stage1_dvae.posterior import posterior
+from stage1_dvae.posterior import Noise, posterior
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def elbo(
     pixels: Float[Tensor, "b 3 h w"],
     *,
     tau: float,
-    generators: Sequence[torch.Generator],
+    generators: Sequence[Noise],
     mean_posterior: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Elbo, Float[Tensor, "b grid grid v"], Float[Tensor, "b 6 h w"]]:
     """One relaxed sample of the bound.

@@ -9,13 +9,17 @@ Source: paper, §2.1 and App. A.2; the KL is that of the raw logits as a categor
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dalle.threads import Threads
+from dalle.training import keyed
+
+Noise: TypeAlias = torch.Generator | np.random.Generator  # the latter on CPUs: half the time for as much
 
 # Log-probabilities at a time: what a core's cache holds; enough for a GPU.
 AT_ONCE = {"cpu": 2**19, "cuda": 2**26}
@@ -33,7 +37,7 @@ class Posterior(NamedTuple):
 def posterior(
     logits: Float[Tensor, "b n v"],
     tau: float,
-    generators: Sequence[torch.Generator],
+    generators: Sequence[Noise],
     threads: Threads | None = None,
 ) -> Posterior:
     """The posterior that unnormalised log-probabilities describe, and one relaxed sample of it.
@@ -47,16 +51,30 @@ def posterior(
 
 
 def relax(
-    log_q: Float[Tensor, "b n v"], tau: float, generators: Sequence[torch.Generator]
+    log_q: Float[Tensor, "b n v"],
+    tau: float,
+    generators: Sequence[Noise],
+    out: Float[Tensor, "b n v"] | None = None,
 ) -> Float[Tensor, "b n v"]:
     """A sample of the Gumbel-softmax relaxation, softmax((log q + Gumbel noise) / τ), over the last axis.
 
     Each picture's noise comes from a generator of its own, so that it does not depend on the others.
     """
-    shape, device = log_q.shape[1:], log_q.device
-    uniform = torch.stack([torch.rand(shape, generator=each, device=device) for each in generators])
-    negative_gumbel = uniform.clamp_(min=2.0**-25).log_().neg_().log_()
-    return torch.softmax(torch.sub(log_q, negative_gumbel, out=negative_gumbel).div_(tau), dim=-1)
+    x = torch.empty_like(log_q) if out is None else out
+    for row, generator in zip(x, generators, strict=True):
+        if isinstance(generator, torch.Generator):
+            row.uniform_(generator=generator)
+        else:
+            generator.random(dtype=np.float32, out=row.numpy())
+    negative_gumbel = x.clamp_(min=2.0**-25).log_().neg_().log_()
+    return torch.softmax(torch.sub(log_q, negative_gumbel, out=x).div_(tau), -1, out=x)
+
+
+def noise_of(device: torch.device, *key: int) -> Noise:
+    """A generator that is a function of its key alone; see `dalle.training.keyed`."""
+    if device.type == "cuda":
+        return keyed(device, *key)
+    return np.random.Generator(np.random.SFC64(np.random.SeedSequence(key)))
 
 
 def kl_to_uniform(log_q: Float[Tensor, "*n v"], q: Float[Tensor, "*n v"]) -> Float[Tensor, "*n"]:
@@ -76,7 +94,7 @@ class _Posterior(torch.autograd.Function):
             used = logits.new_zeros(logits.shape[-1])
             for rows in _rows(logits, pictures):
                 torch.log_softmax(logits[rows], -1, out=log_q[rows])
-                relaxed[rows] = relax(log_q[rows], tau, generators[rows[0]])
+                relax(log_q[rows], tau, generators[rows[0]], out=relaxed[rows])
                 q = log_q[rows].exp()
                 kl[rows] = kl_to_uniform(log_q[rows], q)
                 used += q.sum((0, 1))

@@ -21,7 +21,7 @@ from dalle.precision import best_device
 from dalle.runs import Options, Plan, machine_preset, plan
 from dalle.schedules import cosine, warmup
 from dalle.states import newest_step, state_folders
-from dalle.training import Batch, Session, alone, fit, keyed
+from dalle.training import Batch, Session, alone, fit
 from dalle.wiring import build, make_engine, make_loader, partitioned, place, precision_of, processes
 from dalle.zero import whole
 from stage1_dvae.codebook import ALARM, CodebookWindow
@@ -29,6 +29,7 @@ from stage1_dvae.config import PRESETS, DVAETraining
 from stage1_dvae.likelihood import log_likelihood, reconstruction
 from stage1_dvae.loss import elbo
 from stage1_dvae.model import DVAE, matrix_flops
+from stage1_dvae.posterior import noise_of
 from stage1_dvae.start import pictures_needed, start_from_patches
 
 EVALUATION = 1 << 40  # keys the noise of evaluations apart from that of any step
@@ -162,7 +163,7 @@ class Stage1:
 
     def loss(self, batch: Batch, step: int, positions: range) -> tuple[Tensor, dict[str, Tensor]]:
         """The negative ELBO of one micro-batch, per subpixel."""
-        noise = [keyed(self.heldout.device, self.config.seed, position) for position in positions]
+        noise = [noise_of(self.heldout.device, self.config.seed, position) for position in positions]
         tau, beta = self.tau(step), self.beta(step)
         in_parts = self.config.usage_weight and (self.posterior is not None or topology().world > 1)
         terms, log_q, _ = elbo(
@@ -185,7 +186,7 @@ class Stage1:
         for start in range(0, len(self.heldout), at_once):
             pixels = to_pixels(self.heldout[start : start + at_once])
             places = range(start, start + len(pixels))
-            noise = [keyed(pixels.device, self.config.seed, EVALUATION, place) for place in places]
+            noise = [noise_of(pixels.device, self.config.seed, EVALUATION, place) for place in places]
             terms, log_q, relaxed = elbo(self.model, pixels, tau=self.tau(step), generators=noise)
             codes = log_q.argmax(-1)
             hard = self.model.decoder.look_up(codes).float()

@@ -30,7 +30,9 @@ from dalle.threads import cores, using
 from stage2_prior.config import Backend, PriorConfig
 from stage2_prior.masks import Kind, allowed, dense, kinds
 
-TOGETHER = 64  # queries of a block: fewer make products too small, more look at slots in vain
+# Queries of a block: fewer make products too small, more look at slots in vain. In 16 bits products are fast
+# for their size, and what they cost besides counts more.
+TOGETHER, TOGETHER_IN_16_BITS = 64, 128
 TRIES = 5
 
 
@@ -126,7 +128,8 @@ def _seen(x: Float[Tensor, "n t d"], tile: _Tile) -> Float[Tensor, "n keys d"]:
 def _layout(
     kind: Kind, text: int, grid: int, kernel: int, device: torch.device, dtype: torch.dtype
 ) -> _Layout:
-    cells, together = grid**2, max(1, TOGETHER // grid) * grid
+    cells = grid**2
+    together = max(1, (TOGETHER if dtype == torch.float32 else TOGETHER_IN_16_BITS) // grid) * grid
     by_column = kind == "column" and together < cells
     reach = {"row": grid, "column": 0, "conv": kernel // 2 * (grid + 1)}[kind]
 
@@ -162,29 +165,34 @@ class _BlockAttention(torch.autograd.Function):
                 share = torch.softmax(scores, -1)
                 y[:, tile.queries] = torch.bmm(share, _seen(v, tile))
                 shares.append(share)
-        ctx.save_for_backward(x, *shares)
+        ctx.save_for_backward(x, y, *shares)
         ctx.heads, ctx.layout = heads, layout
         return rearrange(layout.sort(y.unflatten(0, (-1, heads))), "b h t d -> b t (h d)")
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        x, *shares = ctx.saved_tensors
+        x, y, *shares = ctx.saved_tensors
         heads, layout = ctx.heads, ctx.layout
         dy = layout.sort(rearrange(dy, "b t (h d) -> b h t d", h=heads)).flatten(0, 1)
-        dx = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))  # sums of many tiles
-        (q, k, v), (dq, dk, dv) = x, dx
+        (q, k, v), dx = x, torch.empty_like(x)
+        dq = dx[0]
+        dk, dv = torch.zeros_like(
+            x[1:], dtype=torch.promote_types(x.dtype, torch.float32)
+        )  # many tiles' sums
+        # Through a softmax: share · (dshare − Σ share · dshare), and that sum is dy · y.
+        sums = torch.linalg.vecdot(dy, y)[..., None]
         with as_they_are(dy.device):
             for tile, share in zip(layout.tiles, shares, strict=True):
                 dy_here = dy[:, tile.queries]
-                dshare = torch.bmm(dy_here, _seen(v, tile).mT)
-                dscores = torch.ops.aten._softmax_backward_data(dshare, share, -1, share.dtype)
-                dscores *= q.shape[-1] ** -0.5
+                dscores = torch.bmm(dy_here, _seen(v, tile).mT).sub_(sums[:, tile.queries]).mul_(share)
                 dq[:, tile.queries] = torch.bmm(dscores, _seen(k, tile))
                 for total, left, right in ((dk, dscores, q[:, tile.queries]), (dv, share, dy_here)):
                     part = torch.bmm(left.mT, right)
                     total[:, : tile.text] += part[:, : tile.text]
                     total[:, tile.window] += part[:, tile.text :]
-        dx = layout.sort(dx.to(x.dtype).unflatten(1, (-1, heads)))
+        dx[1], dx[2] = dk, dv
+        dx[:2] *= q.shape[-1] ** -0.5
+        dx = layout.sort(dx.unflatten(1, (-1, heads)))
         return rearrange(dx, "three b h t d -> b t (three h d)"), None, None
 
 

@@ -35,6 +35,7 @@ def passed(name, kind, config, qkv, gradient):
 @pytest.mark.parametrize("together", [1, 8, 64])
 def test_blocks_equal_the_reference(kind, size, dtype, together, monkeypatch):
     monkeypatch.setattr(backends, "TOGETHER", together)
+    monkeypatch.setattr(backends, "TOGETHER_IN_16_BITS", together)
     backends._layout.cache_clear()
     config = shape(*size)
     random = torch.Generator().manual_seed(0)

@@ -2,22 +2,33 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from dalle.threads import Threads
 from stage1_dvae import posterior as module
-from stage1_dvae.posterior import Posterior, kl_to_uniform, posterior, relax
+from stage1_dvae.posterior import Posterior, kl_to_uniform, noise_of, posterior, relax
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def of_numpy(seed: int = 0) -> np.random.Generator:
+    return noise_of(torch.device("cpu"), seed)
+
+
+def uniform(shape, generator):
+    if isinstance(generator, torch.Generator):
+        return torch.rand(shape, generator=generator)
+    return torch.from_numpy(generator.random(tuple(shape), dtype=np.float32))
+
+
 def formulas(raw, tau, generators):
     """The same from torch's own operations, for autograd to differentiate."""
     log_q = torch.log_softmax(raw, -1)
-    noise = torch.stack([torch.rand(raw.shape[1:], generator=g).clamp(min=2.0**-25) for g in generators])
+    noise = torch.stack([uniform(raw.shape[1:], g).clamp(min=2.0**-25) for g in generators])
     relaxed = torch.softmax((log_q - (-noise.log()).log()) / tau, -1)
     q = log_q.exp()
     return log_q, relaxed, (q * log_q).sum(-1) + math.log(raw.shape[-1]), q.mean((0, 1))
@@ -25,7 +36,10 @@ def formulas(raw, tau, generators):
 
 @pytest.mark.parametrize(("threads", "at_once"), [(1, 2**20), (1, 1), (2, 200), (2, 40), (4, 1)])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_values_and_gradients_are_those_of_the_formulas(threads, at_once, channels_last, monkeypatch):
+@pytest.mark.parametrize("generator", [seeded, of_numpy])
+def test_values_and_gradients_are_those_of_the_formulas(
+    threads, at_once, channels_last, generator, monkeypatch
+):
     """However many threads share them, and however much is taken at a time."""
     monkeypatch.setattr(module, "AT_ONCE", {"cpu": at_once})
     raw = 3 * torch.randn(5, 7, 13, generator=seeded())
@@ -35,7 +49,7 @@ def test_values_and_gradients_are_those_of_the_formulas(threads, at_once, channe
     found = []
     for form in (lambda *args: posterior(*args, Threads(threads)), formulas):
         x = raw.clone().requires_grad_()
-        values = form(x, 0.6, [seeded(i) for i in range(5)])
+        values = form(x, 0.6, [generator(i) for i in range(5)])
         sum((v * g).sum() for v, g in zip(values[1:], upstream, strict=True)).backward()
         found.append([*(v.detach() for v in values), x.grad])
     for ours, theirs in zip(*found, strict=True):
@@ -101,12 +115,14 @@ def test_relaxed_codes_harden_as_tau_falls():
     assert largest[-1] > 0.995
 
 
-def test_no_uniform_draw_makes_infinite_noise(monkeypatch):
-    def extremes(shape, **_options):
-        return torch.tensor([0.0, 1 - 2**-24]).expand(shape).clone()  # the least and greatest of torch.rand
+def test_no_uniform_draw_makes_infinite_noise():
+    class Extremes:
+        """The least and the greatest number that a generator gives."""
 
-    monkeypatch.setattr(torch, "rand", extremes)
-    relaxed = relax(logits(0.0, 0.0, n=1), 10.0, [seeded()])
+        def random(self, dtype, out):
+            out[...] = np.array([0.0, 1 - 2**-24], dtype)
+
+    relaxed = relax(logits(0.0, 0.0, n=1), 10.0, [Extremes()])
     # noise −ln(25 ln 2) = −2.85 and 24 ln 2 = 16.64
     smaller = 1 / (1 + math.exp((16.64 + 2.85) / 10))
     assert relaxed[0, 0].tolist() == pytest.approx([smaller, 1 - smaller], rel=1e-3)
