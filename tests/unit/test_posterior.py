@@ -116,13 +116,13 @@ def test_relaxed_codes_harden_as_tau_falls():
 
 
 def test_no_uniform_draw_makes_infinite_noise():
-    class Extremes:
+    class Extremes(np.random.Generator):
         """The least and the greatest number that a generator gives."""
 
         def random(self, dtype, out):
             out[...] = np.array([0.0, 1 - 2**-24], dtype)
 
-    relaxed = relax(logits(0.0, 0.0, n=1), 10.0, [Extremes()])
+    relaxed = relax(logits(0.0, 0.0, n=1), 10.0, [Extremes(np.random.SFC64(0))])
     # noise −ln(25 ln 2) = −2.85 and 24 ln 2 = 16.64
     smaller = 1 / (1 + math.exp((16.64 + 2.85) / 10))
     assert relaxed[0, 0].tolist() == pytest.approx([smaller, 1 - smaller], rel=1e-3)
