@@ -2,10 +2,10 @@
 
     python -m benchmarks.decoding --json decoding.json
 
-draws pictures of 1,024 tokens after 256 of text at depth 8 and width 512 with each form of the weights, a
-few tokens of each in turn, and between them reads the weights once from memory. Where `transformers` is
-installed, GPT-2 and Llama of the same size draw in the same turns. It is no dependency of the project; an
-environment that has both:
+draws pictures of 1,024 tokens after 256 of text at depth 8 and width 512 with each form of the weights (bf16
+where the machine computes in it), a few tokens of each in turn, and between them reads the weights once from
+memory. Where `transformers` is installed, GPT-2 and Llama of the same size draw in the same turns. It is no
+dependency of the project; an environment that has both:
 
     python -m venv --system-site-packages peers && peers/bin/pip install transformers
     peers/bin/python -m benchmarks.decoding
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from benchmarks import hugging_face
 from dalle.builtin import FOLDER
 from dalle.pipeline import TextToImage
+from dalle.precision import choose
 from stage2_prior.config import PriorConfig
 from stage2_prior.decode import Decoder
 from stage2_prior.linear import Weights
@@ -85,7 +86,8 @@ def speed(model: Prior, pictures: int, tokens: int, peers: bool) -> dict[str, An
     uniform = noise(0, range(pictures), config.cells)
     streams: dict[str, Iterator[Tensor]] = {}
     facts: dict[str, Any] = {}
-    forms: list[Weights] = ["fp32", "fp16", "int8"]
+    in_bf16 = choose("auto", torch.device("cpu")) == "bf16"
+    forms: list[Weights] = ["fp32", "fp16", *(["bf16"] if in_bf16 else []), "int8"]
     for form in forms:
         began = time.perf_counter()
         decoder = Decoder(model, pictures, form)
@@ -100,10 +102,11 @@ def speed(model: Prior, pictures: int, tokens: int, peers: bool) -> dict[str, An
         streams[f"dalle {form}"] = draw(decoder, read, uniform, Sampling())
     if peers:
         full = torch.randint(config.text_vocab, (1, config.text_length))
-        for name, build in (("GPT-2", hugging_face.gpt2), ("Llama", hugging_face.llama)):
-            streams[f"Hugging Face {name}, static cache"] = hugging_face.draw(
-                build(config), config, full, pictures
-            )
+        for dtype in (torch.float32, *([torch.bfloat16] if in_bf16 else [])):
+            for name, build in (("GPT-2", hugging_face.gpt2), ("Llama", hugging_face.llama)):
+                other = build(config).to(dtype)
+                label = f"Hugging Face {name}, static cache, {str(dtype).removeprefix('torch.')}"
+                streams[label] = hugging_face.draw(other, config, full, pictures)
     weights = weights_of(model)
     taken: dict[str, list[float]] = {name: [] for name in streams}
     reading: list[float] = []

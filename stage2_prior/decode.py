@@ -9,20 +9,21 @@ Slots are tensors, nothing branches on them: on a GPU a step can be recorded onc
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dalle.boundary import opened
 from dalle.precision import as_they_are
 from dalle.text import NO_TOKEN
 from dalle.threads import using
-from stage2_prior.linear import Fast, Weights, fastest, resolve
+from stage2_prior.linear import Fast, Weights, fastest, first_or_faster, resolve
 from stage2_prior.masks import Kind, visible
 from stage2_prior.model import Layer, Prior
 
@@ -120,15 +121,12 @@ class Decoder:
             for layer in self.layers
             for linear in (layer.attention.qkv, layer.attention.out, layer.mlp.up, layer.mlp.down)
         ]
-        self.weights = resolve(
-            weights, "bf16" if precision == "bf16" else "fp32", [*linears, model.image_head]
-        )
+        asked = resolve(weights, "bf16" if precision == "bf16" else "fp32", [*linears, model.image_head])
+        forms = [self._forms(linears, each) for each in asked]
+        best = first_or_faster([seconds for *_, seconds in forms])
+        self.weights: Weights = asked[best]
+        self.fast, self.head, _ = forms[best]
         self.dtype = torch.bfloat16 if self.weights == "bf16" else torch.float32
-        kept = [fastest(linears[i::4], self.weights, rows) for i in range(4)]
-        self.fast: list[tuple[Fast, ...]] = list(zip(*kept, strict=True))
-        # Logits are fp32 whatever the rest runs in (paper, App. D).
-        head: dict[Weights, Weights] = {"bf16": "fp32", "int8": "fp16"}
-        (self.head,) = fastest([model.image_head], head.get(self.weights, self.weights), rows)
         # The start of the image is one more code, so that the first slot is like the others.
         self.codes = torch.cat([model.image_tokens.weight, model.start_of_image[None]])
         self.places = (model.rows.weight[:, None] + model.columns.weight[None]).flatten(0, 1)
@@ -137,6 +135,17 @@ class Decoder:
             for kind in dict.fromkeys(layer.attention.kind for layer in self.layers)
         }
         self.threads = self._fastest_threads()
+
+    def _forms(
+        self, linears: Sequence[nn.Linear], weights: Weights
+    ) -> tuple[list[tuple[Fast, ...]], Fast, float]:
+        """The layers' products, the head's, and the seconds that all of them take."""
+        # Logits are fp32 whatever the rest runs in (paper, App. D).
+        of_head: dict[Weights, Weights] = {"bf16": "fp32", "int8": "fp16"}
+        kept = [fastest(linears[i::4], weights, self.rows) for i in range(4)]
+        (head,), of_it = fastest([self.model.image_head], of_head.get(weights, weights), self.rows)
+        layers = list(zip(*(products for products, _ in kept), strict=True))
+        return layers, head, of_it + sum(seconds for _, seconds in kept)
 
     def _fastest_threads(self) -> int:
         """With how many a step takes least, tried: to wake a second one takes longer than small products."""

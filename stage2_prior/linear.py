@@ -20,15 +20,18 @@ from dalle.errors import ConfigError
 # fp16    rounded to 16 bits, every product and sum in fp32; on CPUs
 # bf16    weights and inputs in bf16, sums in fp32
 # int8    rounded to 8 bits with a scale for every output, inputs in bf16; on CPUs
-# auto    bf16 where the device computes in it, otherwise fp16 where no weight changes by it, otherwise fp32
+# auto    fp16 where no weight changes by it, otherwise fp32; bf16 where the device computes in it: on a GPU
+#         always, on a CPU if a trial finds it faster
 Weights = Literal["auto", "fp32", "fp16", "bf16", "int8"]
 Fast = Callable[[Tensor], Tensor]  # rows of inputs to rows of outputs
 ROUNDS = 5  # of a trial; the best one of each candidate counts
 MARGIN = 0.95  # a later candidate must be at least so much faster than the ones before it
 
 
-def resolve(weights: Weights, precision: Literal["fp32", "bf16"], linears: Sequence[nn.Linear]) -> Weights:
-    """What `auto` stands for.
+def resolve(
+    weights: Weights, precision: Literal["fp32", "bf16"], linears: Sequence[nn.Linear]
+) -> list[Weights]:
+    """What `auto` may stand for; what comes first is to be taken unless another is faster.
 
     Raises:
         ConfigError: the device has no such form.
@@ -37,14 +40,15 @@ def resolve(weights: Weights, precision: Literal["fp32", "bf16"], linears: Seque
     if weights in ("fp16", "int8") and not cpu:
         raise ConfigError(f"weights={weights} is a form for CPUs; on a GPU use bf16 or fp32")
     if weights != "auto":
-        return weights
-    if precision == "bf16":
-        return "bf16"
-    return "fp16" if cpu and all(torch.equal(_fp16(x.weight), x.weight) for x in linears) else "fp32"
+        return [weights]
+    if not cpu:
+        return ["bf16" if precision == "bf16" else "fp32"]
+    exact: Weights = "fp16" if all(torch.equal(_fp16(x.weight), x.weight) for x in linears) else "fp32"
+    return [exact, "bf16"] if precision == "bf16" else [exact]
 
 
-def fastest(linears: Sequence[nn.Linear], weights: Weights, rows: int) -> list[Fast]:
-    """Linear layers of one shape in the form that is fastest for so many rows.
+def fastest(linears: Sequence[nn.Linear], weights: Weights, rows: int) -> tuple[list[Fast], float]:
+    """Linear layers of one shape in the form that is fastest for so many rows, and the seconds it takes.
 
     They are tried one after another, as drawing does it: what fits into a cache then does so here.
     """
@@ -55,8 +59,6 @@ def fastest(linears: Sequence[nn.Linear], weights: Weights, rows: int) -> list[F
             candidate = [form(x.weight.detach().float(), x.bias.detach(), rows) for x in linears]
             candidate[0](torch.zeros(rows, linears[0].in_features, device=device))
             candidates.append(candidate)
-    if len(candidates) == 1:
-        return candidates[0]
     x = torch.zeros(rows, linears[0].in_features, device=device)
     seconds = [float("inf")] * len(candidates)
     for _ in range(ROUNDS):
@@ -65,10 +67,16 @@ def fastest(linears: Sequence[nn.Linear], weights: Weights, rows: int) -> list[F
             for linear in candidate:
                 linear(x)
             seconds[i] = min(seconds[i], time.perf_counter() - began)
+    best = first_or_faster(seconds)
+    return candidates[best], seconds[best]
+
+
+def first_or_faster(seconds: Sequence[float]) -> int:
+    """The first of several candidates, unless a later one is clearly faster than all before it."""
     best = 0
-    for i in range(1, len(candidates)):
+    for i in range(1, len(seconds)):
         best = i if seconds[i] < MARGIN * seconds[best] else best
-    return candidates[best]
+    return best
 
 
 def _forms(weights: Weights, device: torch.device) -> list[Callable[[Tensor, Tensor, int], Fast]]:

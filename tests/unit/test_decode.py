@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dalle.builtin import FOLDER
 from dalle.errors import ConfigError
-from stage2_prior import linear
+from stage2_prior import decode, linear
 from stage2_prior.decode import Decoder, Window
 from stage2_prior.masks import kinds
 from stage2_prior.model import Prior
@@ -195,9 +195,9 @@ def test_the_fastest_form_is_taken(monkeypatch):
 
     layers = [nn.Linear(64, 64) for _ in range(2)]
     monkeypatch.setattr(linear, "_forms", lambda *_: [slow, missing, linear._by_columns])
-    assert [fast.__qualname__.split(".")[0] for fast in linear.fastest(layers, "fp32", 1)] == 2 * [
-        "_by_columns"
-    ]
+    taken, seconds = linear.fastest(layers, "fp32", 1)
+    assert [fast.__qualname__.split(".")[0] for fast in taken] == 2 * ["_by_columns"]
+    assert 0 < seconds < 1
 
 
 def test_auto_changes_no_weight():
@@ -205,10 +205,20 @@ def test_auto_changes_no_weight():
     assert Decoder(model).weights == "fp32"
     exact = rounded(model, lambda w: w.half().float())
     assert Decoder(exact).weights == "fp16"
-    assert Decoder(exact, precision="bf16").weights == "bf16"
     with torch.no_grad():
         exact.image_head.weight[3, 3] = 1 + 2**-20
     assert Decoder(exact).weights == "fp32"
+
+
+@pytest.mark.parametrize("faster", ["fp32", "bf16"])
+def test_auto_rounds_to_bf16_where_the_machine_computes_in_it_and_draws_faster(faster, monkeypatch):
+    real = decode.fastest
+
+    def timed(linears, weights, rows):
+        return real(linears, weights, rows)[0], 1.0 if weights == faster else 2.0
+
+    monkeypatch.setattr(decode, "fastest", timed)
+    assert Decoder(tiny.prior(), precision="bf16").weights == faster
 
 
 def test_weights_that_a_device_has_no_form_for_are_refused():
@@ -216,7 +226,7 @@ def test_weights_that_a_device_has_no_form_for_are_refused():
     for weights in ("fp16", "int8"):
         with pytest.raises(ConfigError, match=f"weights={weights} is a form for CPUs"):
             linear.resolve(weights, "fp32", [elsewhere])
-    assert linear.resolve("auto", "bf16", [elsewhere]) == "bf16"
+    assert linear.resolve("auto", "bf16", [elsewhere]) == ["bf16"]
 
 
 @pytest.mark.parametrize(("weights", "limit"), [("fp16", 1e-6), ("bf16", 1e-4), ("int8", 3e-4)])

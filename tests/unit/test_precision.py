@@ -5,7 +5,7 @@ import torch
 
 from dalle import precision
 from dalle.errors import ConfigError
-from dalle.precision import arithmetic, choose
+from dalle.precision import arithmetic, best_device, choose, products
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -41,3 +41,29 @@ def test_products_run_in_the_chosen_type():
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         with arithmetic(name, CPU):
             assert (a @ a).dtype == dtype
+
+
+def test_fp32_products_beside_bf16_round_their_operands_on_a_cpu_and_only_there():
+    kinds = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+
+    def found():
+        return [kind.fp32_precision for kind in kinds]
+
+    before = found()
+    with products("bf16", CPU):
+        assert found() == ["bf16", "bf16"]
+    assert found() == before
+    for name, device in (("fp32", CPU), ("fp16", CPU), ("bf16", CUDA)):
+        with products(name, device):
+            assert found() == before
+    with pytest.raises(ZeroDivisionError), products("bf16", CPU):
+        raise ZeroDivisionError
+    assert found() == before
+
+
+def test_numbers_too_small_to_matter_are_0_once_a_device_is_chosen():
+    best_device()
+    try:
+        assert (torch.tensor(1e-30) * torch.tensor(1e-10)).item() == 0
+    finally:
+        torch.set_flush_denormal(False)
