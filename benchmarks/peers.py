@@ -182,10 +182,10 @@ def run(folder: Path, names: list[str], others: list[str], rounds: int, out: Pat
 
     from dalle.ceiling import gemm_rate
     from dalle.precision import choose
-    from dalle.process import keep_freed_memory
+    from dalle.process import suit_training
     from stage2_prior.model import matrix_flops
 
-    keep_freed_memory()
+    suit_training()
     device = torch.device("cpu")
     precision = choose("auto", device)
     results = []

@@ -16,12 +16,7 @@ DTYPES: dict[Arithmetic, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bf
 
 
 def best_device() -> torch.device:
-    """CUDA where there is one, with convolutions in fp32 where they would take TF32 for it; or the CPU.
-
-    On a CPU numbers below 1e-38 become 0 from now on, in this thread and those that it begins: sharp softmaxes
-    are full of them, and each takes a hundred times as long as another number.
-    """
-    torch.set_flush_denormal(True)
+    """CUDA where there is one, with convolutions in fp32 where they would take TF32 for it; or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.backends.cudnn.allow_tf32 = False

@@ -21,7 +21,7 @@ from dalle.engine import Engine
 from dalle.errors import CheckpointError, ConfigError
 from dalle.metrics import MetricsLog, Window
 from dalle.precision import Precision
-from dalle.process import keep_freed_memory, only_process, stop_signals
+from dalle.process import only_process, stop_signals
 from dalle.states import Saver, SharedState, newest_state
 
 
@@ -260,7 +260,6 @@ def fit(session: Session) -> bool:
         CheckpointError: states exist but none is whole, or saving failed.
     """
     task, engine, loader, config, folder, topology = session
-    keep_freed_memory()
     with stop_signals() as stopped:
         step = resume(session)
         if step >= config.steps:

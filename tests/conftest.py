@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -12,3 +13,10 @@ torch.set_num_threads(1)
 # A busy machine is no failure.
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
+
+
+@pytest.fixture(autouse=True)
+def denormals():
+    """Training takes them for 0 (`dalle.process.suit_training`), for the rest of its process."""
+    yield
+    torch.set_flush_denormal(False)

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from dalle.errors import CheckpointError
-from dalle.process import SAME, only_process, stop_signals
+from dalle.process import SAME, only_process, stop_signals, suit_training
+from dalle.threads import Threads
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -160,3 +162,11 @@ def test_the_second_signal_stops_at_once():
         out, _ = process.communicate(timeout=20)
     assert out == ""
     assert process.returncode == 1
+
+
+def test_numbers_too_small_to_matter_are_0_in_training_and_in_its_threads():
+    suit_training()
+    assert (torch.tensor(1e-30) * torch.tensor(1e-10)).item() == 0
+    threads = Threads(2)
+    products = threads.map(lambda x: x * 1e-10, [torch.tensor(1e-30), torch.tensor(1e-29)])
+    assert [product.item() for product in products] == [0, 0]
