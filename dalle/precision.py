@@ -62,25 +62,30 @@ def _seconds(dtype: torch.dtype) -> float:
 
 
 @contextmanager
-def products(precision: Arithmetic, device: torch.device) -> Iterator[None]:
-    """The context of everything that is computed beside the 16-bit products, backward passes included.
+def fp32_products(how: Literal["bf16", "ieee"]) -> Iterator[None]:
+    """While it lasts, products of fp32 operands on a CPU take these rounded to bf16, or as they are.
 
-    With bf16 on a CPU, products of fp32 operands take these rounded to bf16; sums and results stay fp32.
-    That is for such a CPU what TF32 is for a GPU: the heads cost half. It holds for all threads.
+    Sums and results are fp32 either way. It holds for all threads of the process.
     """
-    if precision != "bf16" or device.type != "cpu":
-        yield
-        return
     onednn: Any = torch.backends.mkldnn
     kinds = (onednn.matmul, onednn.conv)
     before = [kind.fp32_precision for kind in kinds]
     try:
         for kind in kinds:
-            kind.fp32_precision = "bf16"
+            kind.fp32_precision = how
         yield
     finally:
         for kind, was in zip(kinds, before, strict=True):
             kind.fp32_precision = was
+
+
+def products(precision: Arithmetic, device: torch.device) -> AbstractContextManager[None]:
+    """The context of what is computed beside 16-bit products, backward passes included.
+
+    With bf16 on a CPU fp32 products round their operands to it, which is for such a CPU what TF32 is for a
+    GPU: the heads cost half.
+    """
+    return fp32_products("bf16") if precision == "bf16" and device.type == "cpu" else nullcontext()
 
 
 @contextmanager

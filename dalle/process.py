@@ -21,7 +21,7 @@ SAME = 0.5  # seconds in which a second signal is the first one again
 
 
 def suit_training() -> None:
-    """Settings of this process by which a training step on a CPU takes half the time; its threads inherit them.
+    """Settings of this process that halve a training step on a CPU; its threads inherit them.
 
     Numbers below 1e-38 become 0: sharp softmaxes are full of them, and each takes a hundred times as long as
     another. And glibc keeps freed tensors for the next step instead of returning them to the system each

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dalle.boundary import opened
-from dalle.precision import as_they_are
+from dalle.precision import as_they_are, fp32_products
 from dalle.text import NO_TOKEN
 from dalle.threads import using
 from stage2_prior.linear import Fast, Weights, fastest, first_or_faster, resolve
@@ -122,7 +122,8 @@ class Decoder:
             for linear in (layer.attention.qkv, layer.attention.out, layer.mlp.up, layer.mlp.down)
         ]
         asked = resolve(weights, "bf16" if precision == "bf16" else "fp32", [*linears, model.image_head])
-        forms = [self._forms(linears, each) for each in asked]
+        with fp32_products("ieee"):
+            forms = [self._forms(linears, each) for each in asked]
         best = first_or_faster([seconds for *_, seconds in forms])
         self.weights: Weights = asked[best]
         self.fast, self.head, _ = forms[best]
@@ -174,7 +175,8 @@ class Decoder:
         """Keys and values of p prompts in every layer."""
         text: Text = []
         rounded = self.dtype == torch.bfloat16
-        with opened(self.model), torch.autocast(self.device.type, torch.bfloat16, enabled=rounded):
+        cast = torch.autocast(self.device.type, torch.bfloat16, enabled=rounded)
+        with opened(self.model), cast, fp32_products("ieee"):
             x = self.model.embed_text(tokens)
             for layer in self.layers:
                 qkv = layer.attention.qkv(layer.attention_norm(x)).to(self.dtype)
@@ -218,7 +220,7 @@ class Decoder:
             state: of the slots before; this one joins it.
         """
         width = (self.config.width,)
-        with as_they_are(self.device):
+        with as_they_are(self.device), fp32_products("ieee"):
             read = {kind: self._open(kind, state.masks[kind], slot) for kind in self.windows}
             x = self.codes.index_select(0, codes) + self.places.index_select(0, slot)
             for layer, fast, cache in zip(self.layers, self.fast, state.caches, strict=True):
