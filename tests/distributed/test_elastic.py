@@ -23,9 +23,11 @@ pytestmark = pytest.mark.distributed
 STEPS = 12
 OFTEN = options(batch_size=4, save_every=3, eval_every=6, log_every=1, micro_batch=2)
 # No schedule may follow from `steps`, which is another one in each part of a run. The prior halves its step
-# size when the loss, which is part of the state, stops falling: it does so at some of these steps.
+# size when the loss, which is part of the state, stops falling: it does so at some of these steps. The dVAE's
+# samples stay soft: at a temperature of 1/16 rounding errors become hundredths within these steps.
+SOFT = options(tau_start=1.0, tau=0.5)
 SETTINGS = {
-    "dvae": OFTEN + options(warmup=2, lr_steps=STEPS, beta_steps=STEPS, tau_steps=STEPS),
+    "dvae": OFTEN + SOFT + options(warmup=2, lr_steps=STEPS, beta_steps=STEPS, tau_steps=STEPS),
     "prior": OFTEN + options(warmup=2, lr_schedule="plateau", patience=2),
 }
 COMMANDS = {"dvae": dvae, "prior": prior}
