@@ -1,7 +1,8 @@
-"""Training steps of this project beside DALLE-pytorch 1.6.6 and Hugging Face's GPT-2 and Llama.
+"""This project beside DALLE-pytorch 1.6.6 and Hugging Face's GPT-2 and Llama.
 
     python benchmarks/peers.py setup peers          # an environment of its own for the others, from pip
-    python benchmarks/peers.py run peers            # alternate them in one process; a table and JSON
+    python benchmarks/peers.py run peers            # training steps, in turn in one process; a table and JSON
+    python benchmarks/peers.py draw peers           # drawing beside DALLE-pytorch's default
 
 All models have the same depth, width and heads, see as many tokens of as many kinds, start from random
 weights and make whole updates: forward, backward, AdamW. Each is measured as its users run it, and with what
@@ -117,19 +118,26 @@ def ours(shape: tuple[int, ...], precision: str) -> Callable[[], None]:
 
 
 def dalle_pytorch(shape: tuple[int, ...], precision: str, *, fused: bool) -> Callable[[], None]:
-    """Rows, columns and convolution, as in its README; its dVAE is never run."""
+    """Its training step."""
     import torch
+
+    text, words, codes, grid, *_, batch = shape
+    model = _dalle_pytorch_model(shape)
+    tokens, picture = torch.randint(1, words, (batch, text)), torch.randint(codes, (batch, grid**2))
+    return _step(model, lambda: model(tokens, picture, return_loss=True), precision, fused)
+
+
+def _dalle_pytorch_model(shape: tuple[int, ...]) -> Any:
+    """Rows, columns and convolution, as in its README; its dVAE is never run."""
     from dalle_pytorch import DALLE, DiscreteVAE
 
-    text, words, codes, grid, depth, width, heads, batch = shape
+    text, words, codes, grid, depth, width, heads, _ = shape
     vae = DiscreteVAE(image_size=8 * grid, num_layers=3, num_tokens=codes, codebook_dim=8, hidden_dim=8)
     kinds = [("axial_row", "axial_col", "axial_row", "axial_row")[i % 4] for i in range(depth - 1)]
-    model = DALLE(
+    return DALLE(
         dim=width, vae=vae, num_text_tokens=words, text_seq_len=text, depth=depth, heads=heads,
         dim_head=width // heads, attn_types=(*kinds, "conv_like"),
     )  # fmt: skip
-    tokens, picture = torch.randint(1, words, (batch, text)), torch.randint(codes, (batch, grid**2))
-    return _step(model, lambda: model(tokens, picture, return_loss=True), precision, fused)
 
 
 def hugging_face(kind: str, shape: tuple[int, ...], precision: str, *, fused: bool) -> Callable[[], None]:
@@ -238,11 +246,64 @@ def run(folder: Path, names: list[str], others: list[str], rounds: int, out: Pat
         out.write_text(json.dumps({"torch": torch.__version__, "precision": precision, "results": results}))
 
 
+def draw(folder: Path, rounds: int) -> None:
+    """Time a token of one picture at the paper's geometry, ours and DALLE-pytorch's as its users draw.
+
+    Its default passes the whole sequence through the model for every token. So it is timed at the first, the
+    middle and the last image token, between which its cost grows steadily.
+    """
+    borrow(folder)
+    import torch
+
+    from dalle.precision import choose
+    from stage2_prior.decode import Decoder
+    from stage2_prior.model import Prior
+    from stage2_prior.sample import Sampling, noise, read
+    from stage2_prior.sample import draw as draw_codes
+
+    shape = SHAPES["paper"]
+    text, words, codes, grid, *_ = shape
+    cells = grid**2
+    theirs, precision = _dalle_pytorch_model(shape).eval(), choose("auto", torch.device("cpu"))
+    tokens, picture = torch.randint(1, words, (1, text)), torch.randint(codes, (1, cells))
+    places = (0, cells // 2, cells - 1)
+    taken: dict[int, list[float]] = {place: [] for place in places}
+    ours: dict[str, list[float]] = {}
+    with torch.inference_mode():
+        prior = Prior(_config(shape)).eval()
+        streams = {}
+        for weights in ("auto", "int8"):
+            decoder = Decoder(prior, 1, weights, precision)  # type: ignore[arg-type]
+            seen, uniform = read(decoder, tokens[:, 1:], Sampling()), noise(0, range(1), cells)
+            name = f"dalle, {decoder.weights}"
+            streams[name], ours[name] = draw_codes(decoder, seen, uniform, Sampling()), []
+        for turn in range(1 + rounds):  # the first one warms up
+            for place in places:
+                start = time.perf_counter()
+                theirs(tokens, picture[:, :place])
+                if turn:
+                    taken[place].append(time.perf_counter() - start)
+            for name, stream in streams.items():
+                for _ in range(16):
+                    start = time.perf_counter()
+                    next(stream)
+                    if turn:
+                        ours[name].append(time.perf_counter() - start)
+    first, middle, last = (median(taken[place]) for place in places)
+    token = (first + 2 * middle + last) / 4
+    print(
+        f"DALLE-pytorch 1.6.6, fp32, as its users draw: {1e3 * first:,.0f} to {1e3 * last:,.0f} ms per token"
+    )
+    for name, samples in ours.items():
+        each = median(samples)
+        print(f"{name}: {1e3 * each:.1f} ms per token, {token / each:.0f} × as fast")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("setup", "run"))
+    parser.add_argument("what", choices=("setup", "run", "draw"))
     parser.add_argument("folder", type=Path, help="the environment of the others")
     parser.add_argument("--shape", choices=tuple(SHAPES), action="append", help="by default both")
     parser.add_argument("--beside", action="append", help="only those whose names begin so; by default all")
@@ -251,5 +312,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     if given.what == "setup":
         setup(given.folder)
+    elif given.what == "draw":
+        draw(given.folder, given.rounds)
     else:
         run(given.folder, given.shape or list(SHAPES), given.beside or [], given.rounds, given.out)
