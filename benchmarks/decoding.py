@@ -86,11 +86,12 @@ def speed(model: Prior, pictures: int, tokens: int, peers: bool) -> dict[str, An
     uniform = noise(0, range(pictures), config.cells)
     streams: dict[str, Iterator[Tensor]] = {}
     facts: dict[str, Any] = {}
-    in_bf16 = choose("auto", torch.device("cpu")) == "bf16"
+    precision = choose("auto", torch.device("cpu"))
+    in_bf16 = precision == "bf16"
     forms: list[Weights] = ["fp32", "fp16", *(["bf16"] if in_bf16 else []), "int8"]
     for form in forms:
         began = time.perf_counter()
-        decoder = Decoder(model, pictures, form)
+        decoder = Decoder(model, pictures, form, precision)
         built = time.perf_counter() - began
         began = time.perf_counter()
         read = decoder.read(text)
@@ -146,7 +147,7 @@ def divergence(prompts: int = 16) -> dict[str, dict[str, float]]:
     codes = torch.stack(list(draw(exact, exact.read(tokens), uniform, Sampling())), 1)
 
     def next_codes(form: Weights) -> Tensor:
-        decoder = Decoder(prior, len(tokens), form)
+        decoder = Decoder(prior, len(tokens), form, choose("auto", torch.device("cpu")))
         state = decoder.state(decoder.read(tokens), 1)
         before = torch.cat([torch.full_like(codes[:, :1], decoder.start), codes[:, :-1]], 1)
         steps = [decoder.step(c, state, torch.tensor([i])) for i, c in enumerate(before.unbind(1))]

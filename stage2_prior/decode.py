@@ -127,7 +127,8 @@ class Decoder:
         best = first_or_faster([seconds for *_, seconds in forms])
         self.weights: Weights = asked[best]
         self.fast, self.head, _ = forms[best]
-        self.dtype = torch.bfloat16 if self.weights == "bf16" else torch.float32
+        in_bf16 = self.weights == "bf16" or (self.weights == "int8" and precision == "bf16")
+        self.dtype = torch.bfloat16 if in_bf16 else torch.float32  # of keys, values and attention
         # The start of the image is one more code, so that the first slot is like the others.
         self.codes = torch.cat([model.image_tokens.weight, model.start_of_image[None]])
         self.places = (model.rows.weight[:, None] + model.columns.weight[None]).flatten(0, 1)
@@ -247,7 +248,7 @@ class Decoder:
         self, qkv: Tensor, cache: Cache, mask: Tensor, place: Tensor, places: Tensor | None
     ) -> Float[Tensor, "b w"]:
         _, _, p, n, h, d = cache.ring.shape
-        qkv = qkv.view(p, n, 3, h, d).permute(2, 0, 1, 3, 4)
+        qkv = qkv.to(self.dtype).view(p, n, 3, h, d).permute(2, 0, 1, 3, 4)
         cache.ring.index_copy_(0, place, qkv[None, 1:])
         if places is not None:
             cache.windows.copy_(cache.ring.index_select(0, places))

@@ -67,9 +67,11 @@ def batch(model: Prior, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def cached_logits(model: Prior, tokens: Tensor, codes: Tensor, weights: Weights = "fp32") -> Tensor:
+def cached_logits(
+    model: Prior, tokens: Tensor, codes: Tensor, weights: Weights = "fp32", precision: str = "fp32"
+) -> Tensor:
     """Logits of every slot, step by step, when these codes are drawn; n pictures for each prompt."""
-    decoder = Decoder(model, len(codes), weights)
+    decoder = Decoder(model, len(codes), weights, precision)
     state = decoder.state(decoder.read(tokens), len(codes) // len(tokens))
     before = torch.cat([torch.full_like(codes[:, :1], decoder.start), codes[:, :-1]], 1)
     steps = [decoder.step(code, state, torch.tensor([slot])) for slot, code in enumerate(before.unbind(1))]

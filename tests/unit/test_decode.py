@@ -69,13 +69,24 @@ def test_a_model_saved_in_16_bits_loses_nothing_by_fp16_weights(shape):
     torch.testing.assert_close(found / scale, expected / scale, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("weights", ["bf16", "int8"])
-def test_rounded_inputs_stay_within_their_rounding(weights):
+@pytest.mark.parametrize(("weights", "precision"), [("bf16", "bf16"), ("int8", "fp32"), ("int8", "bf16")])
+def test_rounded_inputs_stay_within_their_rounding(weights, precision):
     model = tiny.prior(grid=5, depth=7, width=48)
     tokens, codes = tiny.batch(model, 2)
     expected = whole(model, tokens, codes)
-    off = (tiny.cached_logits(model, tokens, codes, weights) - expected).std() / expected.std()
+    found = tiny.cached_logits(model, tokens, codes, weights, precision)
+    off = (found - expected).std() / expected.std()
     assert 1e-4 < off < 0.06  # bf16 has 8 bits: 2^-9 in each of some dozen products that grow together
+
+
+def test_keys_and_values_are_held_in_bf16_where_the_machine_computes_in_it():
+    model = tiny.prior()
+    memory = {}
+    for weights, precision in (("int8", "fp32"), ("int8", "bf16"), ("fp32", "bf16")):
+        decoder = Decoder(model, 2, weights, precision)
+        text = decoder.read(tiny.batch(model, 1)[0])
+        memory[weights, precision] = decoder.state(text, 2).bytes
+    assert memory["int8", "fp32"] == memory["fp32", "bf16"] == 2 * memory["int8", "bf16"]
 
 
 def test_bf16_equals_the_forward_pass_in_bf16():
@@ -231,7 +242,8 @@ def test_weights_that_a_device_has_no_form_for_are_refused():
 
 
 @pytest.mark.parametrize(("weights", "limit"), [("fp16", 1e-6), ("bf16", 1e-4), ("int8", 3e-4)])
-def test_rounding_hardly_moves_the_next_codes_distribution(weights, limit):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rounding_hardly_moves_the_next_codes_distribution(weights, limit, precision):
     """KL divergence from fp32 in nats, on the built-in model; its weights are fp16, so noise comes first."""
     prior = Prior.load(FOLDER / "prior")
     prior = rounded(prior, lambda w: w * (1 + 2.0**-11 * (2 * torch.rand(w.shape) - 1)))
@@ -239,7 +251,8 @@ def test_rounding_hardly_moves_the_next_codes_distribution(weights, limit):
     tokens[:, 6:] = -1
     codes = tiny.drawn(prior, tokens, noise(0, range(4), prior.config.cells))
     exact, rough = (
-        torch.log_softmax(tiny.cached_logits(prior, tokens, codes, w).double(), -1) for w in ("fp32", weights)
+        torch.log_softmax(tiny.cached_logits(prior, tokens, codes, w, precision).double(), -1)
+        for w in ("fp32", weights)
     )
     kl = (exact.exp() * (exact - rough)).sum(-1).mean().item()
     assert 1e-10 < kl < limit
