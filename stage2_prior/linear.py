@@ -19,8 +19,8 @@ from dalle.errors import ConfigError
 # fp32    as they are
 # fp16    rounded to 16 bits, every product and sum in fp32; on CPUs
 # bf16    weights and inputs in bf16, sums in fp32
-# int8    rounded to 8 bits with a scale for every output, inputs in bf16; on CPUs. Keys and values are in bf16 on
-#         those that compute in it
+# int8    rounded to 8 bits with a scale for every output, inputs in bf16; on CPUs. Keys and values are bf16
+#         on those that compute in it
 # auto    fp16 where no weight changes by it, otherwise fp32; bf16 where the device computes in it: on a GPU
 #         always, on a CPU if a trial finds it faster
 Weights = Literal["auto", "fp32", "fp16", "bf16", "int8"]
