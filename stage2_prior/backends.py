@@ -175,23 +175,21 @@ class _BlockAttention(torch.autograd.Function):
         heads, layout = ctx.heads, ctx.layout
         dy = layout.sort(rearrange(dy, "b t (h d) -> b h t d", h=heads)).flatten(0, 1)
         (q, k, v), dx = x, torch.empty_like(x)
-        dq = dx[0]
-        dk, dv = torch.zeros_like(
-            x[1:], dtype=torch.promote_types(x.dtype, torch.float32)
-        )  # many tiles' sums
-        # Through a softmax: share · (dshare − Σ share · dshare), and that sum is dy · y.
-        sums = torch.linalg.vecdot(dy, y)[..., None]
+        wide = torch.promote_types(x.dtype, torch.float32)  # for sums of many tiles
+        dq, (dk, dv) = dx[0], torch.zeros_like(x[1:], dtype=wide)
+        # Through a softmax: share · (dshare − Σ share · dshare), that sum being dy · y; of scaled scores.
+        scaled = dy * q.shape[-1] ** -0.5
+        sums = torch.linalg.vecdot(scaled, y)[..., None]
         with as_they_are(dy.device):
             for tile, share in zip(layout.tiles, shares, strict=True):
-                dy_here = dy[:, tile.queries]
-                dscores = torch.bmm(dy_here, _seen(v, tile).mT).sub_(sums[:, tile.queries]).mul_(share)
-                dq[:, tile.queries] = torch.bmm(dscores, _seen(k, tile))
-                for total, left, right in ((dk, dscores, q[:, tile.queries]), (dv, share, dy_here)):
+                here = tile.queries
+                dscores = torch.bmm(scaled[:, here], _seen(v, tile).mT).sub_(sums[:, here]).mul_(share)
+                dq[:, here] = torch.bmm(dscores, _seen(k, tile))
+                for total, left, right in ((dk, dscores, q[:, here]), (dv, share, dy[:, here])):
                     part = torch.bmm(left.mT, right)
                     total[:, : tile.text] += part[:, : tile.text]
                     total[:, tile.window] += part[:, tile.text :]
         dx[1], dx[2] = dk, dv
-        dx[:2] *= q.shape[-1] ** -0.5
         dx = layout.sort(dx.unflatten(1, (-1, heads)))
         return rearrange(dx, "three b h t d -> b t (three h d)"), None, None
 
