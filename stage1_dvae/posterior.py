@@ -60,7 +60,7 @@ def relax(
 
     Each picture's noise comes from a generator of its own, so that it does not depend on the others.
     """
-    x = torch.empty_like(log_q) if out is None else out
+    x = torch.empty_like(log_q, memory_format=torch.contiguous_format) if out is None else out
     for row, generator in zip(x, generators, strict=True):
         if isinstance(generator, torch.Generator):
             row.uniform_(generator=generator)
