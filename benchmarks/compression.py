@@ -25,11 +25,12 @@ from dalle.data.augment import centre_crop
 from dalle.data.open import open_source
 from dalle.distributed import joined, topology
 from dalle.launch import launch
+from dalle.noise import keyed
 from dalle.pictures import to_pixels
 from dalle.pipeline import codes_of
 from dalle.text import Tokenizer
 from dalle.text import fit as fit_text
-from dalle.training import LargeTraining, keyed
+from dalle.training import LargeTraining
 from dalle.wiring import build, make_engine
 from stage2_prior.config import PriorConfig
 from stage2_prior.loss import losses

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from dalle.engine import Engine
+from dalle.noise import noise_of
 from dalle.optim import AdamW, Average
 from dalle.precision import arithmetic, best_device, choose
 from dalle.process import suit_training
@@ -25,7 +26,6 @@ from stage1_dvae.config import PRESETS, DVAEConfig
 from stage1_dvae.likelihood import log_likelihood
 from stage1_dvae.loss import elbo
 from stage1_dvae.model import DVAE
-from stage1_dvae.posterior import noise_of
 
 SHAPES: dict[str, tuple[DVAEConfig, int]] = {
     "the tiny preset": (PRESETS["tiny"][0], 16),

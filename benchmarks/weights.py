@@ -15,10 +15,10 @@ import torch
 from benchmarks.compression import BATCH, FOLDED, PICTURES, WORDS, write_data
 from dalle import packed
 from dalle.engine import Engine
+from dalle.noise import keyed
 from dalle.optim import Average
 from dalle.scaling import Scaling
 from dalle.schedules import cosine, warmup
-from dalle.training import keyed
 from stage2_prior.config import PriorConfig
 from stage2_prior.loss import losses
 from stage2_prior.model import Prior

@@ -22,6 +22,7 @@ from dalle.console import say
 from dalle.data.augment import stage2_crop
 from dalle.data.loader import Loader
 from dalle.data.open import open_source
+from dalle.noise import noise_of
 from dalle.pipeline import TextToImage
 from dalle.precision import DTYPES, Arithmetic, arithmetic, best_device, choose
 from dalle.process import suit_training
@@ -32,7 +33,6 @@ from stage1_dvae.config import DVAEConfig
 from stage1_dvae.loss import elbo
 from stage1_dvae.model import DVAE
 from stage1_dvae.model import matrix_flops as dvae_flops
-from stage1_dvae.posterior import noise_of
 from stage2_prior import backends
 from stage2_prior.config import PRESETS as PRIOR_PRESETS
 from stage2_prior.config import PriorConfig, PriorTraining

@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from dalle.ceiling import gemm_rate
@@ -209,18 +208,6 @@ class Task(Protocol):
 
     def load(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave."""
-
-
-def keyed(device: torch.device, *key: int) -> torch.Generator:
-    """A random generator that is a function of its key alone.
-
-    All noise of training is drawn from generators keyed by (seed, position of the sample). So a resumed run
-    repeats the uninterrupted one without any random state in the checkpoint, in any number of processes.
-    """
-    seed = 0
-    for number in key:
-        seed = (seed * 1_000_003 + number) & 0x7FFF_FFFF_FFFF_FFFF
-    return torch.Generator(device).manual_seed(seed)
 
 
 class Session(NamedTuple):

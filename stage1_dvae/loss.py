@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from dalle.noise import Noise
 from stage1_dvae.likelihood import log_likelihood
 from stage1_dvae.model import DVAE
-from stage1_dvae.posterior import Noise, posterior
+from stage1_dvae.posterior import posterior
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,15 @@ Source: paper, §2.1 and App. A.2; the KL is that of the raw logits as a categor
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dalle.noise import Noise
 from dalle.threads import Threads
-from dalle.training import keyed
-
-Noise: TypeAlias = torch.Generator | np.random.Generator  # the latter on CPUs: half the time for as much
 
 # Log-probabilities at a time: what a core's cache holds; enough for a GPU.
 AT_ONCE = {"cpu": 2**19, "cuda": 2**26}
@@ -68,13 +66,6 @@ def relax(
             generator.random(dtype=np.float32, out=row.numpy())
     negative_gumbel = x.clamp_(min=2.0**-25).log_().neg_().log_()
     return torch.softmax(torch.sub(log_q, negative_gumbel, out=x).div_(tau), -1, out=x)
-
-
-def noise_of(device: torch.device, *key: int) -> Noise:
-    """A generator that is a function of its key alone; see `dalle.training.keyed`."""
-    if device.type == "cuda":
-        return keyed(device, *key)
-    return np.random.Generator(np.random.SFC64(np.random.SeedSequence(key)))
 
 
 def kl_to_uniform(log_q: Float[Tensor, "*n v"], q: Float[Tensor, "*n v"]) -> Float[Tensor, "*n"]:

@@ -15,6 +15,7 @@ from dalle.data.open import open_source
 from dalle.data.source import Sample
 from dalle.distributed import topology
 from dalle.errors import ConfigError
+from dalle.noise import noise_of
 from dalle.optim import parameter_count
 from dalle.pictures import grid, save_png, to_images, to_pixels
 from dalle.precision import best_device
@@ -30,7 +31,6 @@ from stage1_dvae.config import PRESETS, DVAETraining
 from stage1_dvae.likelihood import log_likelihood, reconstruction
 from stage1_dvae.loss import elbo
 from stage1_dvae.model import DVAE, matrix_flops
-from stage1_dvae.posterior import noise_of
 from stage1_dvae.start import pictures_needed, start_from_patches
 
 EVALUATION = 1 << 40  # keys the noise of evaluations apart from that of any step

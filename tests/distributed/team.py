@@ -13,8 +13,9 @@ from dalle.console import Stopwatch
 from dalle.distributed import topology
 from dalle.engine import Engine
 from dalle.metrics import Window
+from dalle.noise import keyed
 from dalle.states import Saver
-from dalle.training import LargeTraining, Session, keyed, resume, stream, update
+from dalle.training import LargeTraining, Session, resume, stream, update
 from dalle.wiring import build, make_engine
 from stage2_prior.config import PriorConfig
 from stage2_prior.loss import losses

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from dalle.noise import noise_of
 from dalle.threads import Threads
 from stage1_dvae import posterior as module
-from stage1_dvae.posterior import Posterior, kl_to_uniform, noise_of, posterior, relax
+from stage1_dvae.posterior import Posterior, kl_to_uniform, posterior, relax
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -18,10 +18,11 @@ from dalle.distributed import ALONE
 from dalle.engine import Engine
 from dalle.errors import CheckpointError, ConfigError
 from dalle.metrics import read_metrics
+from dalle.noise import keyed
 from dalle.optim import AdamW, Average
 from dalle.process import only_process
 from dalle.states import Saver, newest_state, state_folders
-from dalle.training import Session, Training, alone, fit, keyed
+from dalle.training import Session, Training, alone, fit
 
 STEPS, BATCH = 8, 4
 TIMES = {
