@@ -146,8 +146,10 @@ def divergence(prompts: int = 16) -> dict[str, dict[str, float]]:
     exact = Decoder(prior, len(tokens), "fp32")
     codes = torch.stack(list(draw(exact, exact.read(tokens), uniform, Sampling())), 1)
 
+    precision = choose("auto", torch.device("cpu"))
+
     def next_codes(form: Weights) -> Tensor:
-        decoder = Decoder(prior, len(tokens), form, choose("auto", torch.device("cpu")))
+        decoder = Decoder(prior, len(tokens), form, precision)
         state = decoder.state(decoder.read(tokens), 1)
         before = torch.cat([torch.full_like(codes[:, :1], decoder.start), codes[:, :-1]], 1)
         steps = [decoder.step(c, state, torch.tensor([i])) for i, c in enumerate(before.unbind(1))]

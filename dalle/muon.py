@@ -71,6 +71,7 @@ class Muon:
     ) -> None:
         self.shapes, self.ratio, self.dtype = dict(sorted(shapes.items())), ratio, dtype
         self.partitioned, self.shards = partitioned, shards
+        self.alike = list(self._alike())
         self.momenta: dict[str, Tensor] = {}  # this process' runs, flat
 
     @torch.no_grad()
@@ -78,7 +79,7 @@ class Muon:
         """Replace the matrices' gradients by their steps, in place; the others stay as they are."""
         held = {piece.name: piece for piece in pieces}
         device = pieces[0].grad.device if pieces else torch.device("cpu")
-        for names in self._alike():
+        for names in self.alike:
             ahead = [self._ahead(name, held.get(name), device) for name in names]
             wide = torch.stack([whole.t() if _tall(whole.shape) else whole for whole in ahead])
             for name, step in zip(names, orthogonal(wide, self.dtype), strict=True):
