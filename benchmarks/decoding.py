@@ -88,7 +88,7 @@ def speed(model: Prior, pictures: int, tokens: int, peers: bool) -> dict[str, An
     facts: dict[str, Any] = {}
     precision = choose("auto", torch.device("cpu"))
     in_bf16 = precision == "bf16"
-    forms: list[Weights] = ["fp32", "fp16", *(["bf16"] if in_bf16 else []), "int8"]
+    forms: list[Weights] = ["fp32", "fp16", *(["bf16"] if in_bf16 else []), "int8", "int4"]
     for form in forms:
         began = time.perf_counter()
         decoder = Decoder(model, pictures, form, precision)
@@ -157,7 +157,7 @@ def divergence(prompts: int = 16) -> dict[str, dict[str, float]]:
 
     p = next_codes("fp32")
     found = {}
-    rounded: list[Weights] = ["fp16", "bf16", "int8"]
+    rounded: list[Weights] = ["fp16", "bf16", "int8", "int4"]
     for form in rounded:
         kl = (p.exp() * (p - next_codes(form))).sum(-1)
         found[form] = {"mean": kl.mean().item(), "largest": kl.max().item()}

@@ -126,10 +126,10 @@ AtOnce = Annotated[
     int, typer.Option(min=1, help="Pictures drawn side by side: more are faster, and need more memory.")
 ]
 DrawingWeights = Annotated[
-    Literal["auto", "fp32", "fp16", "bf16", "int8"],
+    Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"],
     typer.Option(
         help="The prior's weights while it draws. auto: the fastest form that changes none of them, or "
-        "bf16 where the machine computes in it; int8 rounds them to 8 bits."
+        "bf16 where the machine computes in it; int8 and int4 round them to 8 and 4 bits, for speed."
     ),
 ]
 Preview = Annotated[

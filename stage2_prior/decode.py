@@ -127,7 +127,7 @@ class Decoder:
         best = first_or_faster([seconds for *_, seconds in forms])
         self.weights: Weights = asked[best]
         self.fast, self.head, _ = forms[best]
-        in_bf16 = self.weights == "bf16" or (self.weights == "int8" and precision == "bf16")
+        in_bf16 = self.weights == "bf16" or (self.weights in ("int8", "int4") and precision == "bf16")
         self.dtype = torch.bfloat16 if in_bf16 else torch.float32  # of keys, values and attention
         # The start of the image is one more code, so that the first slot is like the others.
         self.codes = torch.cat([model.image_tokens.weight, model.start_of_image[None]])
@@ -142,8 +142,8 @@ class Decoder:
         self, linears: Sequence[nn.Linear], weights: Weights
     ) -> tuple[list[tuple[Fast, ...]], Fast, float]:
         """The layers' products, the head's, and the seconds that all of them take."""
-        # Logits are fp32 whatever the rest runs in (paper, App. D).
-        of_head: dict[Weights, Weights] = {"bf16": "fp32", "int8": "fp16"}
+        # Logits are fp32 whatever the rest runs in (paper, App. D), but for those of int4.
+        of_head: dict[Weights, Weights] = {"bf16": "fp32", "int8": "fp16", "int4": "int8"}
         kept = [fastest(linears[i::4], weights, self.rows) for i in range(4)]
         (head,), of_it = fastest([self.model.image_head], of_head.get(weights, weights), self.rows)
         layers = list(zip(*(products for products, _ in kept), strict=True))
@@ -233,7 +233,7 @@ class Decoder:
                 norm = layer.mlp_norm
                 y = up(F.layer_norm(x, width, norm.weight, norm.bias))
                 x = x + down(torch.mul(y, 1.702).sigmoid_().mul_(y))
-            return self.head(F.layer_norm(x, width, self.model.norm.weight, self.model.norm.bias))
+            return self.head(F.layer_norm(x, width, self.model.norm.weight, self.model.norm.bias)).float()
 
     def _open(self, kind: Kind, mask: Tensor, slot: Tensor) -> tuple[Tensor, Tensor | None]:
         """Let the mask show what this slot sees; where the slot is written, and what is read of the ring."""

@@ -19,14 +19,18 @@ from dalle.errors import ConfigError
 # fp32    as they are
 # fp16    rounded to 16 bits, every product and sum in fp32; on CPUs
 # bf16    weights and inputs in bf16, sums in fp32
-# int8    rounded to 8 bits with a scale for every output, inputs in bf16; on CPUs. Keys and values are bf16
-#         on those that compute in it
+# int8    rounded to 8 bits, with a scale for every output; inputs in bf16; on CPUs. Keys and values are bf16
+#         on those that compute in it, as with int4
+# int4    rounded to 4 bits, with a scale and an offset for every 32 inputs of an output; inputs in bf16, the
+#         head in int8; on CPUs
 # auto    fp16 where no weight changes by it, otherwise fp32; bf16 where the device computes in it: on a GPU
 #         always, on a CPU if a trial finds it faster
-Weights = Literal["auto", "fp32", "fp16", "bf16", "int8"]
+Weights = Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"]
 Fast = Callable[[Tensor], Tensor]  # rows of inputs to rows of outputs
 ROUNDS = 5  # of a trial; the best one of each candidate counts
 MARGIN = 0.95  # a later candidate must be at least so much faster than the ones before it
+LEAST = 1e-30  # step of what is rounded, where all of it is 0
+GROUP = 32  # inputs that share a scale and an offset in int4
 
 
 def resolve(
@@ -38,7 +42,7 @@ def resolve(
         ConfigError: the device has no such form.
     """
     cpu = linears[0].weight.device.type == "cpu"
-    if weights in ("fp16", "int8") and not cpu:
+    if weights in ("fp16", "int8", "int4") and not cpu:
         raise ConfigError(f"weights={weights} is a form for CPUs; on a GPU use bf16 or fp32")
     if weights != "auto":
         return [weights]
@@ -88,6 +92,8 @@ def _forms(weights: Weights, device: torch.device) -> list[Callable[[Tensor, Ten
             return [_packed_fp16] if _has_fbgemm() else [_rounded(form) for form in (_by_rows, _by_columns)]
         case "int8":
             return [_int8]
+        case "int4":
+            return [_int4]
         case "bf16":
             return [_by_rows_bf16, _blocked_bf16] if cpu else [_by_rows_bf16]
         case _:
@@ -155,10 +161,24 @@ def _in_bf16(linear: Fast) -> Fast:
 
 def _int8(weight: Tensor, bias: Tensor, rows: int) -> Fast:
     """The steps stay 8 bits wide in memory; the kernel is for whole blocks only."""
-    scale = (weight.abs().amax(1) / 127).clamp_min(1e-30).bfloat16()
+    scale = (weight.abs().amax(1) / 127).clamp_min(LEAST).bfloat16()
     steps = (weight / scale.float()[:, None]).round().clamp(-127, 127)
     if any(size % 16 for size in weight.shape):
-        table = (steps * scale.float()[:, None]).bfloat16()
-        return lambda x: F.linear(x.bfloat16(), table).float() + bias
-    steps = steps.to(torch.int8)
-    return lambda x: torch._weight_int8pack_mm(x.bfloat16(), steps, scale) + bias
+        return _by_rows_bf16(steps * scale.float()[:, None], bias, rows)
+    steps, bias = steps.to(torch.int8), bias.bfloat16()
+    return lambda x: torch._weight_int8pack_mm(x.bfloat16(), steps, scale).add_(bias)
+
+
+def _int4(weight: Tensor, bias: Tensor, rows: int) -> Fast:
+    """Sixteen steps from the least to the largest weight of a group; the kernel is for whole blocks only."""
+    if weight.shape[0] % 16 or weight.shape[1] % GROUP:
+        return _int8(weight, bias, rows)
+    groups = weight.unflatten(1, (-1, GROUP))
+    least, most = groups.aminmax(dim=2)
+    scale = ((most - least) / 15).clamp_min(LEAST).bfloat16()
+    middle = (least + 8 * scale.float()).bfloat16()  # the value of step 8
+    steps = ((groups - middle.float()[..., None]) / scale.float()[..., None] + 8).round().clamp(0, 15)
+    packed = torch._convert_weight_to_int4pack_for_cpu(steps.flatten(1).to(torch.int32), 1)
+    units = torch.stack([scale, middle], 2).transpose(0, 1).contiguous()
+    bias = bias.bfloat16()
+    return lambda x: torch._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, GROUP, units).add_(bias)

@@ -121,7 +121,7 @@ def test_how_it_is_drawn_changes_the_pictures_little_or_not_at_all(dalle, run, t
 
     plain = drawn()
     assert drawn("--at-once", 2) == drawn("--preview") == plain
-    assert len(drawn("--weights", "int8")) == 5
+    assert len(drawn("--weights", "int8")) == len(drawn("--weights", "int4")) == 5
 
 
 def test_a_dash_reads_prompts_from_standard_input(run, dalle, tmp_path):

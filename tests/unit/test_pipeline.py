@@ -260,7 +260,7 @@ def test_the_text_is_read_once_for_all_pictures_of_a_prompt(model, monkeypatch):
     assert read == [1]
 
 
-@pytest.mark.parametrize("weights", ["fp16", "bf16", "int8"])
+@pytest.mark.parametrize("weights", ["fp16", "bf16", "int8", "int4"])
 def test_other_weights_draw_too(run, weights):
     model = TextToImage.load(run, precision="fp32", weights=weights)
     assert len(set(bytes_of(model(PROMPTS[0], n=3)))) == 3
