@@ -82,7 +82,11 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: int) -> Tensor:
         total, wanted = states.new_zeros(()), any(ctx.needs_input_grad)
-        grads = [torch.empty_like(states), torch.zeros_like(weight), torch.zeros_like(bias)]
+        if wanted:
+            # Nothing is added to before the first rows have overwritten it: to fill a large table with 0 takes
+            # as long as a product.
+            table = torch.empty_like(weight) if len(states) else torch.zeros_like(weight)
+            grads = [torch.empty_like(states), table, torch.zeros_like(bias)]
         with as_they_are(states.device):
             for at in range(0, len(states), rows):
                 x, target = states[at : at + rows], targets[at : at + rows, None]
@@ -93,9 +97,9 @@ class _CrossEntropy(torch.autograd.Function):
                 if wanted:
                     grad = p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
                     torch.mm(grad, weight, out=grads[0][at : at + rows])
-                    grads[1].addmm_(grad.t(), x)
+                    grads[1].addmm_(grad.t(), x, beta=float(at > 0))
                     grads[2] += grad.sum(0)
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(*(grads if wanted else ()))
         return total
 
     @staticmethod
