@@ -83,8 +83,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: int) -> Tensor:
         total, wanted = states.new_zeros(()), any(ctx.needs_input_grad)
         if wanted:
-            # Nothing is added to before the first rows have overwritten it: to fill a large table with 0 takes
-            # as long as a product.
+            # The first rows overwrite the table: to fill it with 0 takes as long as a product.
             table = torch.empty_like(weight) if len(states) else torch.zeros_like(weight)
             grads = [torch.empty_like(states), table, torch.zeros_like(bias)]
         with as_they_are(states.device):

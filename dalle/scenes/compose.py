@@ -4,7 +4,17 @@ import math
 from itertools import product
 from random import Random
 
-from dalle.scenes.facts import BACKGROUNDS, RELATIONS, Colour, Object, Relation, Scene, Shape
+from dalle.scenes.facts import (
+    BACKGROUNDS,
+    COLOURS,
+    CONTRAST,
+    RELATIONS,
+    Colour,
+    Object,
+    Relation,
+    Scene,
+    Shape,
+)
 from dalle.scenes.splits import (
     CELLS,
     HELD_OUT_PAIRS,
@@ -34,8 +44,17 @@ def compose(rng: Random, split: Split) -> Scene:
     """Choose a scene that `split` allows: 40 % one object, 40 % a pair, 20 % two to four equal objects."""
     while True:
         scene = _any(rng, split)
-        if is_trained_picture(scene) == (split == "train"):
+        if is_trained_picture(scene) == (split == "train") and _stands_out(scene):
             return scene
+
+
+def _stands_out(scene: Scene) -> bool:
+    """Whether every object differs from the background, and from the one that it lies inside of."""
+    first, *others = (COLOURS[thing.colour] for thing in scene.objects)
+    pairs = [(colour, BACKGROUNDS[scene.background]) for colour in (first, *others)]
+    if scene.relation == "inside":
+        pairs.append((first, others[0]))
+    return all(math.dist(one, other) >= CONTRAST for one, other in pairs)
 
 
 def _any(rng: Random, split: Split) -> Scene:
@@ -78,7 +97,7 @@ def _pair(rng: Random, held_out: bool) -> Scene:
         (colour, shape), (other_colour, other) = rng.choice(TRAINED_PAIRS), rng.choice(TRAINED_PAIRS)
         if is_held_out(shape, relation, other) != held_out or (colour, shape) == (other_colour, other):
             continue
-        if relation != "inside" or (other in FRAMES and colour != other_colour):
+        if relation != "inside" or other in FRAMES:
             break
     first, second = _inside(rng) if relation == "inside" else _beside(rng, relation)
     objects = _object(shape, colour, first), _object(other, other_colour, second)

@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast, get_args
 
 Shape = Literal["circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring"]
-Colour = Literal["red", "green", "blue", "yellow", "orange", "purple", "pink", "cyan"]
 Background = Literal["white", "black", "grey", "beige", "lavender"]
+Colour = Literal["red", "green", "blue", "yellow", "orange", "purple", "pink", "cyan", Background]
 Size = Literal["small", "large"]
 Place = Literal[
     "middle", "top", "bottom", "left", "right", "top left", "top right", "bottom left", "bottom right"
@@ -17,8 +17,7 @@ RGB = tuple[int, int, int]
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 
-# Any two colours, and any colour and background, are at least 85 apart (Euclidean, of 255 a channel);
-# any two backgrounds 65, which is enough for an area as large as theirs.
+# Any two are at least 85 apart (Euclidean, of 255 a channel), but for white, beige and lavender: 68.
 COLOURS: dict[Colour, RGB] = {
     "red": (215, 25, 35),
     "green": (30, 150, 50),
@@ -28,14 +27,14 @@ COLOURS: dict[Colour, RGB] = {
     "purple": (125, 35, 165),
     "pink": (255, 120, 195),
     "cyan": (30, 200, 220),
-}
-BACKGROUNDS: dict[Background, RGB] = {
     "white": (252, 252, 252),
     "black": (12, 12, 12),
     "grey": (125, 125, 125),
     "beige": (226, 208, 178),
     "lavender": (200, 195, 240),
 }
+BACKGROUNDS: dict[Background, RGB] = {name: COLOURS[name] for name in get_args(Background)}
+CONTRAST = 85  # between an object and what it lies on, at least
 
 SMALL_BELOW = 0.22  # the radius between small and large; no object's is near it
 SIDE_BEYOND = 0.08  # from the middle, per axis: further out is a side; no object alone is near it

@@ -10,6 +10,7 @@ from dalle.scenes.facts import BACKGROUNDS, COLOURS, Background, Colour
 
 SIDE = 64  # pixels; every picture is brought to this size first
 SPECK = 0.005  # of the picture: what covers less is no object; the smallest that is drawn covers 0.02
+SOLID = 0.35  # of an object's pixels, at least, have all four neighbours in it; of a blurred edge's few have
 PURE = 30  # nearer than this to a colour (Euclidean, of 255 a channel) a pixel is no mixture
 
 Mask = Bool[np.ndarray, "side side"]
@@ -40,7 +41,7 @@ def find_regions(picture: Image.Image) -> tuple[Background | None, tuple[Region,
     background, ground = _background(pixels)
     if background is None:
         return None, ()
-    labels = _labels(pixels, ground)
+    labels = _labels(pixels, background, ground)
     masks, filled, holders = _nested(labels, _connected(labels))
     means = [pixels[_core(mask)].mean(0) for mask in masks]
     owner = np.full(labels.shape, -1)
@@ -106,13 +107,14 @@ def _squares(pixels: Float[np.ndarray, "*n 3"], to: Float[np.ndarray, "k 3"]) ->
     return (pixels**2).sum(-1)[..., None] - 2 * pixels @ to.T + (to**2).sum(-1)
 
 
-def _labels(pixels: Pixels, ground: Mean) -> Int[np.ndarray, "side side"]:
+def _labels(pixels: Pixels, background: Background, ground: Mean) -> Int[np.ndarray, "side side"]:
     """Which colour each pixel belongs to.
 
     On an edge two colours mix, and the mixture may be like a third: half red, half white is nearest to
     pink. So a mixed pixel takes the label of the purest one, that nearest to its colour, of the 3 × 3.
     """
     squares = _squares(pixels, np.concatenate([ground[None], _PAINTS]))
+    squares[..., 1 + _COLOURS.index(background)] = np.inf  # no object has it
     label = squares.argmin(-1)
     impurity = squares.min(-1).clip(0).astype(np.int64)
     key = impurity * 16 + label  # in one number, so that the least impurity brings its label along
@@ -126,7 +128,7 @@ def _labels(pixels: Pixels, ground: Mean) -> Int[np.ndarray, "side side"]:
 
 
 def _connected(labels: Int[np.ndarray, "side side"]) -> list[Mask]:
-    """The connected areas of every colour; specks and lines are left out."""
+    """The connected areas of every colour; specks and lines, such as soft edges, are left out."""
     start = np.ones_like(labels, dtype=bool)  # of a run of equal labels in a row
     start[:, 1:] = labels[:, 1:] != labels[:, :-1]
     run = start.ravel().cumsum().reshape(labels.shape) - 1
@@ -141,7 +143,7 @@ def _connected(labels: Int[np.ndarray, "side side"]) -> list[Mask]:
     part = root[run]
     sizes = np.bincount(part[labels != _GROUND])
     masks = [part == i for i in np.flatnonzero(sizes >= SPECK * labels.size)]
-    return [mask for mask in masks if _core(mask).any()]
+    return [mask for mask in masks if _core(mask).sum() > SOLID * mask.sum()]
 
 
 def _core(mask: Mask) -> Mask:

@@ -18,7 +18,7 @@ Pair = tuple[Colour, Shape]
 HELD_OUT = 8  # one picture of so many is kept out of train
 CELLS = 9  # of a picture per side; an object is centred on one, so there are few enough places to learn
 
-# One for each colour and each shape, so that all of them stay equally common in train.
+# One for each shape, so that all of them stay equally common in train.
 HELD_OUT_PAIRS: tuple[Pair, ...] = (
     ("orange", "circle"),
     ("pink", "square"),

@@ -233,7 +233,7 @@ def test_places_and_radii_are_those_drawn(size):
                 key=lambda one: abs(one.x - thing.x) + abs(one.y - thing.y) + abs(one.radius - thing.radius),
             )
             assert (near.x, near.y) == pytest.approx((thing.x, thing.y), abs=0.015)
-            assert near.radius == pytest.approx(thing.radius, rel=0.08)
+            assert near.radius == pytest.approx(thing.radius, rel=0.1)
 
 
 def test_an_array_is_judged_as_its_picture():
@@ -337,7 +337,7 @@ def test_what_is_unknown_is_called_so():
     assert verdict.holds == {"count": True, "shape": False, "colour": True}
     assert verdict.reasons == ("asked for a red circle, found a red thing of no known shape",)
     picture = Image.new("RGB", (64, 64), BACKGROUNDS["white"])
-    ImageDraw.Draw(picture).ellipse((20, 20, 44, 44), (0, 0, 0))
+    ImageDraw.Draw(picture).ellipse((20, 20, 44, 44), (90, 60, 20))
     verdict = judge(picture, CIRCLE)
     assert verdict.holds == {"count": True, "shape": True, "colour": False}
     assert verdict.reasons == ("asked for a red circle, found a circle of no known colour",)
