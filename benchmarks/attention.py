@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from dalle.process import suit_training
+from dalle.process import suit_computing
 from stage2_prior.backends import BACKENDS, Attend
 from stage2_prior.config import PriorConfig
 from stage2_prior.masks import Kind
@@ -24,7 +24,7 @@ KINDS: tuple[Kind, ...] = ("row", "column", "conv")
 
 def main() -> None:
     """Time every form on the same numbers, in turn."""
-    suit_training()
+    suit_computing()
     torch.set_num_threads(1)
     for name, (pictures, text, grid, width, heads) in SHAPES.items():
         config = PriorConfig(text_length=text, grid=grid, width=width, heads=heads, depth=3)

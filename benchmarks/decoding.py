@@ -32,6 +32,7 @@ from benchmarks import hugging_face
 from dalle.builtin import FOLDER
 from dalle.pipeline import TextToImage
 from dalle.precision import choose
+from dalle.process import suit_computing
 from stage2_prior.config import PriorConfig
 from stage2_prior.decode import Decoder
 from stage2_prior.linear import Weights
@@ -195,6 +196,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    suit_computing()
     model = Prior(CONFIG).eval()
     with torch.inference_mode():
         nn.init.normal_(model.image_head.weight, std=0.02)  # all codes alike would be an easy draw

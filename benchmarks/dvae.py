@@ -21,7 +21,7 @@ from dalle.engine import Engine
 from dalle.noise import noise_of
 from dalle.optim import AdamW, Average
 from dalle.precision import arithmetic, best_device, choose
-from dalle.process import suit_training
+from dalle.process import suit_computing
 from stage1_dvae.config import PRESETS, DVAEConfig
 from stage1_dvae.likelihood import log_likelihood
 from stage1_dvae.loss import elbo
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    suit_training()
+    suit_computing()
     device = best_device()
     print(f"{device}, {torch.get_num_threads()} threads, ours in {choose('auto', device)}")
     print("| | ours | plain | faster by | networks alone | share of their speed |")

@@ -190,10 +190,10 @@ def run(folder: Path, names: list[str], others: list[str], rounds: int, out: Pat
 
     from dalle.ceiling import gemm_rate
     from dalle.precision import choose
-    from dalle.process import suit_training
+    from dalle.process import suit_computing
     from stage2_prior.model import matrix_flops
 
-    suit_training()
+    suit_computing()
     device = torch.device("cpu")
     precision = choose("auto", device)
     results = []

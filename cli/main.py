@@ -48,6 +48,7 @@ def evaluate(
 ) -> None:
     """Draw unseen prompts of the built-in scenes and judge them; writes report.html and report.json."""
     from dalle.builtin import FOLDER, find_run
+    from dalle.process import suit_computing
     from dalle.report import judge_and_report
     from stage2_prior.sample import Sampling
 
@@ -56,6 +57,7 @@ def evaluate(
     for option, value in (("top-k", top_k), ("top-p", top_p), ("guidance", guidance)):
         command += f" --{option} {value}" if value is not None else ""
     command += f" --temperature {temperature}" if temperature != 1 else ""
+    suit_computing()
     found = find_run(run)
     folder = out or (Path("evaluation") if found == FOLDER else run)
     figures = judge_and_report(found, prompts, command, folder, seed=seed, sampling=sampling)
@@ -212,6 +214,7 @@ def sample(
     from dalle.console import Bar, say
     from dalle.drawings import previewing, save_drawings
     from dalle.pipeline import TextToImage
+    from dalle.process import suit_computing
     from stage2_prior.sample import Sampling
 
     wanted = [p for given in prompts for p in (_standard_input() if given == "-" else [given])]
@@ -226,6 +229,7 @@ def sample(
     builtin = run == FOLDER
     out = out or (Path("samples") if builtin else run / "samples")
     refuse_unwritable(out)
+    suit_computing()
     model = TextToImage.load(run, weights=weights, at_once=at_once)
     captions = [prompt for prompt in wanted for _ in range(n)]
     total = len(captions) * model.prior.config.cells

@@ -25,7 +25,7 @@ from dalle.data.open import open_source
 from dalle.noise import noise_of
 from dalle.pipeline import TextToImage
 from dalle.precision import DTYPES, Arithmetic, arithmetic, best_device, choose
-from dalle.process import suit_training
+from dalle.process import suit_computing
 from dalle.threads import Threads, cores
 from dalle.wiring import make_engine
 from stage1_dvae.config import PRESETS as DVAE_PRESETS
@@ -77,7 +77,7 @@ class Row:
 
 def bench(cases: Cases | None = None) -> dict[str, Any]:
     """Measure everything; some minutes at most. The result goes to JSON as it is."""
-    suit_training()
+    suit_computing()
     cases, device = cases or Cases(), best_device()
     precision, began = choose("auto", device), time.monotonic()
     rows = _ceilings(device, precision, cases)

@@ -19,7 +19,7 @@ from dalle.noise import noise_of
 from dalle.optim import parameter_count
 from dalle.pictures import grid, save_png, to_images, to_pixels
 from dalle.precision import best_device
-from dalle.process import suit_training
+from dalle.process import suit_computing
 from dalle.runs import Options, Plan, machine_preset, plan
 from dalle.schedules import cosine, warmup
 from dalle.states import newest_step, state_folders
@@ -69,7 +69,7 @@ def _spare_the_prior(options: Options) -> None:
 
 def prepare(options: Options) -> Session:
     """All that trains the dVAE of a run; see `train`."""
-    suit_training()
+    suit_computing()
     run = resolve(options)
     config: DVAETraining = run.training
     size = run.model.image_size

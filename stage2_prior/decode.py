@@ -143,7 +143,7 @@ class Decoder:
     ) -> tuple[list[tuple[Fast, ...]], Fast, float]:
         """The layers' products, the head's, and the seconds that all of them take."""
         # Logits are fp32 whatever the rest runs in (paper, App. D), but for those of int4.
-        of_head: dict[Weights, Weights] = {"bf16": "fp32", "int8": "fp16", "int4": "int8"}
+        of_head: dict[Weights, Weights] = {"bf16": "fp32", "int8": "fp16"}
         kept = [fastest(linears[i::4], weights, self.rows) for i in range(4)]
         (head,), of_it = fastest([self.model.image_head], of_head.get(weights, weights), self.rows)
         layers = list(zip(*(products for products, _ in kept), strict=True))

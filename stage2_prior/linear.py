@@ -20,9 +20,8 @@ from dalle.errors import ConfigError
 # fp16    rounded to 16 bits, every product and sum in fp32; on CPUs
 # bf16    weights and inputs in bf16, sums in fp32
 # int8    rounded to 8 bits, with a scale for every output; inputs in bf16; on CPUs. Keys and values are bf16
-#         on those that compute in it, as with int4
-# int4    rounded to 4 bits, with a scale and an offset for every 32 inputs of an output; inputs in bf16, the
-#         head in int8; on CPUs
+#         on those that compute in it
+# int4    rounded to 4 bits, with a scale and an offset for every 32 inputs of an output; otherwise like int8
 # auto    fp16 where no weight changes by it, otherwise fp32; bf16 where the device computes in it: on a GPU
 #         always, on a CPU if a trial finds it faster
 Weights = Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"]

@@ -65,15 +65,23 @@ def choose(logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"], how: Samp
         least = logits.topk(how.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     p = torch.softmax(logits, -1)
-    if how.top_p not in (None, 1):
-        ordered, order = p.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # the most probable code always stays
-        p = p.scatter(-1, order, ordered.masked_fill(before >= how.top_p, 0.0))
+    if how.top_p is not None and how.top_p < 1:
+        p = p.masked_fill(p < _least(p, how.top_p), 0.0)
     edges = p.contiguous().cumsum(-1, dtype=torch.float64)
     end = edges[:, -1:].contiguous()
     drawn = torch.searchsorted(edges, uniform[:, None] * end, right=True)
     # A uniform number rounded up to the last edge would fall beyond it, or onto codes of probability 0.
     return torch.minimum(drawn, torch.searchsorted(edges, end))[:, 0]
+
+
+def _least(p: Float[Tensor, "b v"], together: float) -> Float[Tensor, "b 1"]:
+    """Of each row's most probable codes that together reach `together`, the probability of the last."""
+    if p.is_cuda:
+        ordered = p.sort(-1, descending=True).values
+    else:  # numpy sorts 25 times as fast, since it leaves out the places
+        ordered = torch.from_numpy(np.sort(p.numpy(), -1)).flip(-1)
+    before = ordered.cumsum(-1) - ordered  # the most probable code always stays
+    return ordered.gather(-1, (before < together).sum(-1, keepdim=True) - 1)
 
 
 def read(decoder: Decoder, tokens: Int[Tensor, "prompts words"], how: Sampling) -> Text:

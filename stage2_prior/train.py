@@ -26,7 +26,7 @@ from dalle.errors import ConfigError
 from dalle.optim import parameter_count
 from dalle.pictures import contact_sheet, save_png, to_images, to_pixels
 from dalle.precision import DTYPES, Arithmetic, best_device
-from dalle.process import suit_training
+from dalle.process import suit_computing
 from dalle.runs import Options, Plan, plan
 from dalle.schedules import Plateau, cosine, warmup
 from dalle.text import NO_TOKEN, Tokenizer
@@ -98,7 +98,7 @@ def prepare(
     options: Options, codes: Codes, *, preset: str, data: str, coarse: Coarse | None = None
 ) -> Session:
     """All that trains the prior of a run; see `train`."""
-    suit_training()
+    suit_computing()
     run = resolve(options, codes, preset=preset, data=data)
     grown_from = _grown_from(run, codes, coarse)
     config: PriorTraining = run.training

@@ -17,6 +17,6 @@ settings.load_profile("unhurried")
 
 @pytest.fixture(autouse=True)
 def denormals():
-    """Training takes them for 0 (`dalle.process.suit_training`), for the rest of its process."""
+    """Training takes them for 0 (`dalle.process.suit_computing`), for the rest of its process."""
     yield
     torch.set_flush_denormal(False)

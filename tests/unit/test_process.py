@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dalle.errors import CheckpointError
-from dalle.process import SAME, only_process, stop_signals, suit_training
+from dalle.process import SAME, only_process, stop_signals, suit_computing
 from dalle.threads import Threads
 
 ROOT = Path(__file__).parents[2]
@@ -165,7 +165,7 @@ def test_the_second_signal_stops_at_once():
 
 
 def test_numbers_too_small_to_matter_are_0_in_training_and_in_its_threads():
-    suit_training()
+    suit_computing()
     assert (torch.tensor(1e-30) * torch.tensor(1e-10)).item() == 0
     threads = Threads(2)
     products = threads.map(lambda x: x * 1e-10, [torch.tensor(1e-30), torch.tensor(1e-29)])
