@@ -98,6 +98,11 @@ class PriorTraining(LargeTraining):
     caption_dropout: float = setting(
         0.0, "share of pictures shown without their caption, which guidance needs", paper="none"
     )
+    code_dropout: float = setting(
+        0.0,
+        "share of image tokens that no slot sees in training: captions then count for more",
+        paper="none",
+    )
     guidance: float = setting(
         1.0, "how far drawings go beyond their distribution to what the caption adds", paper="1"
     )
@@ -126,7 +131,7 @@ class PriorTraining(LargeTraining):
             raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1")
         if self.guidance < 0:
             raise ConfigError(f"guidance={self.guidance} must not be negative")
-        for name in ("text_weight", "bpe_dropout", "caption_dropout"):
+        for name in ("text_weight", "bpe_dropout", "caption_dropout", "code_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must lie between 0 and 1")
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dalle.precision import as_they_are
@@ -22,6 +22,7 @@ def losses(
     codes: Int[Tensor, "b cells"],
     words: float | None = None,
     threads: Threads | None = None,
+    hidden: Bool[Tensor, "b cells"] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Text and image cross-entropy in nats per token, each a mean over the tokens of its kind.
 
@@ -33,12 +34,13 @@ def losses(
             batch is taken in parts, with the mean number of a part the mean of the parts' losses is the
             batch's, whatever the parts.
         threads: share out the batch; the losses are those of the whole of it.
+        hidden: codes that no slot sees; they are targets like all others.
     """
 
     tables = model.code_tables()  # once for all threads
 
-    def sums(tokens: Tensor, codes: Tensor) -> Tensor:
-        text, image = model(tokens, codes, tables)
+    def sums(tokens: Tensor, codes: Tensor, hidden: Tensor | None = None) -> Tensor:
+        text, image = model(tokens, codes, tables, hidden)
         real, words_head = tokens >= 0, model.text_head
         return torch.stack([
             cross_entropy(text[:, :-1][real], words_head.weight, words_head.bias, tokens[real]),
@@ -48,7 +50,8 @@ def losses(
     threads = threads or Threads(1)
     behind = {id(p) for p in model.of_codes()}  # the tables
     parameters = [*tables, *(p for p in model.parameters() if id(p) not in behind)]
-    text, image = threads.apply(sums, tokens, codes, parameters=parameters).sum(0)
+    columns = (tokens, codes) if hidden is None else (tokens, codes, hidden)
+    text, image = threads.apply(sums, *columns, parameters=parameters).sum(0)
     shared = int((tokens >= 0).sum()) if words is None else words
     return text / (shared or 1), image / codes.numel()
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -217,22 +217,34 @@ class Prior(nn.Module):
         return torch.cat([start, words], 1) + self.text_positions.weight
 
     def embed_image(
-        self, codes: Int[Tensor, "b cells"], table: Float[Tensor, "v w"]
+        self,
+        codes: Int[Tensor, "b cells"],
+        table: Float[Tensor, "v w"],
+        hidden: Bool[Tensor, "b cells"] | None = None,
     ) -> Float[Tensor, "b cells w"]:
-        """The image slots: the start, then every code but the last, each at its slot's row and column."""
+        """The image slots: the start, then every code but the last, each at its slot's row and column.
+
+        Of a hidden code there is nothing but its place.
+        """
         start = self.start_of_image.expand(len(codes), 1, -1)
         places = (self.rows.weight[:, None] + self.columns.weight[None]).flatten(0, 1)
-        return torch.cat([start, F.embedding(codes[:, :-1], table)], 1) + places
+        before = F.embedding(codes[:, :-1], table)
+        if hidden is not None:
+            before = before.masked_fill(hidden[:, :-1, None], 0.0)
+        return torch.cat([start, before], 1) + places
 
     def forward(
         self,
         tokens: Int[Tensor, "b words"],
         codes: Int[Tensor, "b cells"],
         tables: CodeTables | None = None,
+        hidden: Bool[Tensor, "b cells"] | None = None,
     ) -> tuple[Float[Tensor, "b text w"], Float[Tensor, "b cells w"]]:
         """Final states of the text slots and of the image slots; the heads turn them into logits.
 
-        `tables` are `code_tables()`, for a caller that has them already.
+        Args:
+            tables: `code_tables()`, from a caller that has them already.
+            hidden: codes that no slot sees, for training.
 
         Raises:
             ValueError: tokens or codes of another shape.
@@ -244,7 +256,7 @@ class Prior(nn.Module):
                 f"got {tuple(tokens.shape)} and {tuple(codes.shape)}"
             )
         table = (tables or self.code_tables()).embedding
-        x = torch.cat([self.embed_text(tokens), self.embed_image(codes, table)], 1)
+        x = torch.cat([self.embed_text(tokens), self.embed_image(codes, table, hidden)], 1)
         for layer in self.layers:
             x = layer(x, self.recompute)
         x = self.norm(x)

@@ -115,7 +115,8 @@ def prepare(
     run = replace(run, training=replace(config, attention=attention))
     prepared = partial(
         _prepare, tokenizer=tokenizer, size=codes.image_size, words=words,
-        dropout=config.bpe_dropout, left_out=config.caption_dropout,
+        cells=codes.grid**2, dropout=config.bpe_dropout, left_out=config.caption_dropout,
+        hide=config.code_dropout,
     )  # fmt: skip
     loader = make_loader(source, prepared, config, codes.image_size)
     centre = partial(prepare_plainly, tokenizer=tokenizer, size=codes.image_size, words=words)
@@ -233,15 +234,19 @@ def _prepare(
     tokenizer: Tokenizer,
     size: int,
     words: int,
+    cells: int,
     dropout: float,
     left_out: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    hide: float,
+) -> tuple[Tensor, ...]:
+    """Pixels, tokens, whether the caption was cut, and which codes no slot will see."""
     pixels = stage2_crop(sample.image, size, rng)
     caption = sample.captions[int(rng.integers(len(sample.captions)))]
     tokens, was_cut = fit_text(tokenizer.encode(caption, dropout=dropout, rng=rng), words)
     if left_out and rng.random() < left_out:
         tokens[:] = NO_TOKEN
-    return torch.from_numpy(pixels), torch.from_numpy(tokens), torch.tensor(was_cut)
+    hidden = rng.random(cells) < hide if hide else np.zeros(cells, dtype=bool)
+    return *map(torch.from_numpy, (pixels, tokens)), torch.tensor(was_cut), torch.from_numpy(hidden)
 
 
 def prepare_plainly(
@@ -299,14 +304,15 @@ class Stage2:
 
     def begin(self, batches: Sequence[Batch], run: Callable[..., Any]) -> None:
         """Count the text tokens of the whole batch: their loss is a mean over all of them."""
-        words = topology().sum(torch.stack([(tokens >= 0).sum() for _, tokens, _ in batches]).sum())
+        words = topology().sum(torch.stack([(tokens >= 0).sum() for _, tokens, *_ in batches]).sum())
         self.words = int(words) / (len(batches) * topology().world)
 
     def loss(self, batch: Batch, step: int, positions: range) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted cross-entropy of one micro-batch."""
-        pixels, tokens, cut = batch
+        pixels, tokens, cut, hidden = batch
         self.cut, self.seen = self.cut + cut.sum(), self.seen + len(cut)
-        text, image = losses(self.model, tokens, self.encode(pixels), self.words, self.threads)
+        seen = hidden if self.config.code_dropout else None
+        text, image = losses(self.model, tokens, self.encode(pixels), self.words, self.threads, seen)
         return self.weighted(text, image), self.metrics(text.detach(), image.detach())
 
     def weighted(self, text: Tensor, image: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What the prior minimises."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -133,7 +134,8 @@ def test_the_loss_of_a_batch_is_that_of_the_dvaes_codes_in_raster_order(tmp_path
     pixels = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
     # Bytes that the stand-in dVAE encodes as these codes.
     pixels[:, 0, :4, :4] = (codes.reshape(3, 4, 4) / 12 * 255).round().byte()
-    batch = (pixels, tokens, torch.tensor([True, False, False]))
+    hidden = torch.arange(16).expand(3, -1) == 4
+    batch = (pixels, tokens, torch.tensor([True, False, False]), hidden)
     task.begin([batch], lambda function, *arguments: function(*arguments))
     loss, metrics = task.loss(batch, step=0, positions=range(3))
     text, image = losses(model, tokens, codes)
@@ -143,22 +145,31 @@ def test_the_loss_of_a_batch_is_that_of_the_dvaes_codes_in_raster_order(tmp_path
     bits = image.item() * 16 / math.log(2)
     assert metrics["image_bits_per_picture"].item() == pytest.approx(bits)
     assert (task.cut, task.seen) == (1, 3)
+    task.config = replace(task.config, code_dropout=0.1)
+    _, metrics = task.loss(batch, step=0, positions=range(3))
+    assert metrics["image_loss"].item() == pytest.approx(
+        losses(model, tokens, codes, hidden=hidden)[1].item()
+    )
+    assert metrics["image_loss"].item() != pytest.approx(image.item())
 
 
 def test_captions_are_left_out_as_often_as_asked():
     tokenizer, drawings = tiny.tokenizer(), Scenes("train", 16)
 
     def words(i: int, left_out: float) -> int:
-        _, tokens, cut = _prepare(
+        _, tokens, cut, hidden = _prepare(
             drawings[i],
             np.random.default_rng(i),
             tokenizer,
             size=16,
             words=99,
+            cells=16,
             dropout=0.1,
             left_out=left_out,
+            hide=0.0,
         )
         assert not cut
+        assert not hidden.any()
         return int((tokens >= 0).sum())
 
     n, share = 400, 0.25
@@ -167,6 +178,34 @@ def test_captions_are_left_out_as_often_as_asked():
     assert [words(i, share) == 0 for i in range(n)] == bare
     assert all(words(i, 0.0) for i in range(50))
     assert not any(words(i, 1.0) for i in range(50))
+
+
+def test_codes_are_hidden_as_often_as_asked():
+    how = {"size": 16, "words": 99, "cells": 1000, "dropout": 0.0, "left_out": 0.0}
+
+    def hidden(i: int, share: float) -> torch.Tensor:
+        sample = Scenes("train", 16)[i]
+        return _prepare(sample, np.random.default_rng(i), tiny.tokenizer(), **how, hide=share)[3]
+
+    assert abs(hidden(0, 0.2).float().mean() - 0.2) < 4 * (0.2 * 0.8 / 1000) ** 0.5
+    assert torch.equal(hidden(0, 0.2), hidden(0, 0.2))
+    assert not torch.equal(hidden(0, 0.2), hidden(1, 0.2))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_hidden_codes_are_targets_that_no_slot_sees(threads):
+    model = tiny.prior(grid=3)
+    tokens, codes = tiny.batch(model, 4)
+    hidden = torch.zeros(codes.shape, dtype=torch.bool)
+    hidden[1:, 4] = True
+    others = torch.where(hidden, (codes + 1) % model.config.image_vocab, codes)
+    seen, same = (model(tokens, some, None, hidden) for some in (codes, others))
+    assert all(map(torch.equal, seen, same))
+    assert not torch.equal(model(tokens, codes)[1], model(tokens, others)[1])
+
+    expected = F.cross_entropy(model.image_logits(seen[1]).flatten(0, 1), codes.flatten())
+    _, image = losses(model, tokens, codes, None, Threads(threads), hidden)
+    torch.testing.assert_close(image, expected)
 
 
 def test_pictures_without_captions_have_an_image_loss_alone():
