@@ -6,7 +6,8 @@ from dalle.scenes.facts import Facts, Kind, Object, Place, Relation, Scene
 from dalle.scenes.splits import SPLITS, Split
 
 # A template states the place, the relation or the background exactly if it has that field.
-# {object} is "a small red circle" or "a red circle"; of several, "three red circles".
+# {object} is "a small red circle" or "a red circle"; of several, "three red circles". After "and" an object
+# may follow or the background, so no words before a colour tell of which of the two it is.
 TRAINED: dict[Kind, tuple[str, ...]] = {
     "single": (
         "{object}",
@@ -20,6 +21,7 @@ TRAINED: dict[Kind, tuple[str, ...]] = {
         "{background} with {object}",
         "{object} {place} on {background}",
         "{background} with {object} {place}",
+        "{object} and {background}",
     ),
     "pair": (
         "{object} {relation} {other}",
@@ -37,6 +39,7 @@ TRAINED: dict[Kind, tuple[str, ...]] = {
         "{object} on {background}",
         "{background} with {object}",
         "a picture of {object} on {background}",
+        "{object} and {background}",
     ),
 }
 

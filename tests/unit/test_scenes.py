@@ -342,7 +342,7 @@ def test_known_scenes_stay_what_they_are():
     """Another stream of random numbers would silently change the data that runs were trained on."""
     assert [Scenes(split).captions(0)[0] for split in SPLITS] == [
         "a picture of a grey square over a yellow diamond",
-        "a large yellow diamond on a white background",
+        "a large yellow diamond and a white background",
         "there is a small cyan ring in the top left corner",
         "a picture of a pink triangle under a purple heart",
         "there is a lavender background with a grey square to the right of a grey circle",
