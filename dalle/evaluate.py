@@ -33,7 +33,7 @@ TITLES = {
     "relations": "shapes never seen in that relation",
     "wordings": "wordings never seen",
 }
-AT_ONCE = 64  # prompts between two reports of progress
+AT_ONCE = 64  # prompts that are drawn side by side, between two reports of progress
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dalle import __version__
 from dalle.chart import curves, of_scales, svg
 from dalle.checkpoint import read_json, refuse_unwritable, replacing, write_json
 from dalle.console import Bar, say
-from dalle.evaluate import SPLITS, TITLES, Drawing, Score, evaluate, interval
+from dalle.evaluate import AT_ONCE, SPLITS, TITLES, Drawing, Score, evaluate, interval
 from dalle.metrics import read_metrics
 from dalle.pipeline import TextToImage
 from stage2_prior.sample import Sampling
@@ -37,7 +37,7 @@ def judge_and_report(
         What report.json holds.
     """
     refuse_unwritable(out)
-    model = TextToImage.load(run)
+    model = TextToImage.load(run, at_once=AT_ONCE)
     with Bar("drawing and judging", prompts * len(SPLITS), unit="pictures") as bar:
         scores = evaluate(model, prompts, seed=seed, sampling=sampling, on_drawn=bar.advance)
     figures = {

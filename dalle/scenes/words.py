@@ -22,6 +22,7 @@ TRAINED: dict[Kind, tuple[str, ...]] = {
         "{object} {place} on {background}",
         "{background} with {object} {place}",
         "{object} and {background}",
+        "there is {background} with {object}",
     ),
     "pair": (
         "{object} {relation} {other}",
@@ -31,6 +32,7 @@ TRAINED: dict[Kind, tuple[str, ...]] = {
         "{object} and {other}",
         "{object} {relation} {other} on {background}",
         "{background} with {object} {relation} {other}",
+        "a picture of {background} with {object} {relation} {other}",
     ),
     "count": (
         "{object}",

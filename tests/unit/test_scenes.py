@@ -341,7 +341,7 @@ def test_a_sample_is_a_function_of_split_and_index(split, index):
 def test_known_scenes_stay_what_they_are():
     """Another stream of random numbers would silently change the data that runs were trained on."""
     assert [Scenes(split).captions(0)[0] for split in SPLITS] == [
-        "a picture of a grey square over a yellow diamond",
+        "a grey square and a yellow diamond",
         "a large yellow diamond and a white background",
         "there is a small cyan ring in the top left corner",
         "a picture of a pink triangle under a purple heart",
