@@ -45,7 +45,7 @@ TRAINED: dict[Kind, tuple[str, ...]] = {
     ),
 }
 
-# Other arrangements of the same words, which "wordings" alone uses.
+# Other arrangements of the same words, which "wordings" alone uses for scenes of the kind.
 HELD_OUT: dict[Kind, tuple[str, ...]] = {
     "single": (
         "a picture of {object} {place}",
