@@ -9,7 +9,7 @@ from dalle.scenes.facts import COLOURS, SHAPES, Colour, Relation, Scene, Shape
 # heldout    the same kinds of scene, other pictures
 # pairs      one object, of a colour that its shape never has in train
 # relations  two objects whose shapes never stand in that relation in train
-# wordings   captions of a form that train never has for such a scene (words.py); the pictures, too, are others
+# wordings   captions of a form that train never has for such scenes (words.py); the pictures, too, are others
 Split = Literal["train", "heldout", "pairs", "relations", "wordings"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
