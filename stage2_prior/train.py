@@ -311,8 +311,8 @@ class Stage2:
         """Weighted cross-entropy of one micro-batch."""
         pixels, tokens, cut, hidden = batch
         self.cut, self.seen = self.cut + cut.sum(), self.seen + len(cut)
-        seen = hidden if self.config.code_dropout else None
-        text, image = losses(self.model, tokens, self.encode(pixels), self.words, self.threads, seen)
+        unseen = hidden if self.config.code_dropout else None
+        text, image = losses(self.model, tokens, self.encode(pixels), self.words, self.threads, unseen)
         return self.weighted(text, image), self.metrics(text.detach(), image.detach())
 
     def weighted(self, text: Tensor, image: Tensor) -> Tensor:
