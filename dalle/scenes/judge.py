@@ -17,7 +17,7 @@ from dalle.scenes.words import NUMBER_WORDS, PLACE_WORDS
 Picture = Image.Image | UInt8[np.ndarray, "h w 3"]
 
 FIT = 0.75  # below it an object has none of the shapes; ours, softened or a little bent, reach 0.8
-STRAY = 70  # beyond it an object has none of the colours, which are at least 85 apart
+STRAY = 70  # beyond it an object has none of the colours, most of which are at least 85 apart
 APART = 0.75  # of the sum of the radii: nearer to each other, two objects are not beside each other
 
 # Shapes are compared in a frame of CELLS × CELLS points around the object, that reaches REACH times the
