@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dalle.checkpoint import load_model
 from dalle.initial import draw_seed, draw_weights
-from dalle.precision import as_they_are
+from dalle.precision import as_they_are, fp32_products
 from dalle.threads import Threads, cores
 from stage1_dvae.config import DVAEConfig
 from stage1_dvae.likelihood import map_pixels, reconstruction
@@ -227,8 +227,13 @@ class DVAE(nn.Module):
         table: Any = self.decoder.blocks.input
         return table.w.detach()[:, :, 0, 0].t()
 
+    @fp32_products("ieee")
     def encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b grid grid"]:
-        """The most probable code of every cell (no noise: paper, §2.2)."""
+        """The most probable code of every cell (no noise: paper, §2.2).
+
+        The logits are exact even where training rounds them: codes that decode almost alike are told apart
+        by their last digits, and a picture has to have the same codes whenever it is read.
+        """
         return self.logits(pixels).argmax(1)
 
     def decode(self, codes: Int[Tensor, "b grid grid"]) -> Float[Tensor, "b 3 h w"]:

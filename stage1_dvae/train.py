@@ -18,7 +18,7 @@ from dalle.errors import ConfigError
 from dalle.noise import noise_of
 from dalle.optim import parameter_count
 from dalle.pictures import grid, save_png, to_images, to_pixels
-from dalle.precision import best_device
+from dalle.precision import best_device, fp32_products
 from dalle.process import suit_computing
 from dalle.runs import Options, Plan, machine_preset, plan
 from dalle.schedules import cosine, warmup
@@ -180,6 +180,7 @@ class Stage1:
     def after(self, loss: float) -> None:
         """The schedules of stage 1 do not depend on the loss."""
 
+    @fp32_products("ieee")
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out ELBO; relaxed against hard reconstructions; a grid of both in pictures/."""
         sums: dict[str, float] = {}

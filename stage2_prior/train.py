@@ -25,7 +25,7 @@ from dalle.distributed import topology
 from dalle.errors import ConfigError
 from dalle.optim import parameter_count
 from dalle.pictures import contact_sheet, save_png, to_images, to_pixels
-from dalle.precision import DTYPES, Arithmetic, best_device
+from dalle.precision import DTYPES, Arithmetic, arithmetic, best_device
 from dalle.process import suit_computing
 from dalle.runs import Options, Plan, plan
 from dalle.schedules import Plateau, cosine, warmup
@@ -292,8 +292,12 @@ class Stage2:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """8-bit pixels to image tokens, `b cells`: the dVAE's most probable codes in raster order."""
-        return self.codes.encode(to_pixels(pixels)).flatten(1)
+        """8-bit pixels to image tokens, `b cells`: the dVAE's most probable codes in raster order.
+
+        Held-out pictures in the types of training's, or codes that decode alike would be taken for others.
+        """
+        with arithmetic(self.precision, pixels.device):
+            return self.codes.encode(to_pixels(pixels)).flatten(1)
 
     def lr(self, step: int) -> float:
         """The step size."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from dalle.checkpoint import FORMAT, save_weights, write_json
 from dalle.config import to_json
 from dalle.errors import CheckpointError, DalleError
+from dalle.precision import fp32_products
 from stage1_dvae import model as model_module
 from stage1_dvae.config import PRESETS, DVAEConfig
 from stage1_dvae.likelihood import map_pixels, reconstruction
@@ -57,6 +58,13 @@ def test_encoding_has_no_noise_and_does_not_depend_on_the_batch():
     first = model.encode(pixels(3))
     assert torch.equal(model.encode(pixels(3)), first)
     assert torch.equal(model.encode(pixels(3)[1:2]), first[1:2])
+
+
+def test_encoding_rounds_nothing_where_training_does():
+    model = dvae(vocab_size=500)
+    plain = model.encode(pixels(50))
+    with fp32_products("bf16"):
+        assert torch.equal(model.encode(pixels(50)), plain)
 
 
 @pytest.mark.parametrize(

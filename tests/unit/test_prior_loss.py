@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dalle.precision import arithmetic
 from dalle.runs import Plan
 from dalle.scenes.source import Scenes
 from dalle.text import fit
@@ -101,7 +102,7 @@ def test_on_threads_losses_and_gradients_are_those_of_the_whole_batch(channels):
     torch.testing.assert_close(passed(Threads(2)), passed(None), rtol=1e-4, atol=1e-6)
 
 
-def stage(tmp_path, model, **settings) -> Stage2:
+def stage(tmp_path, model, precision="fp32", **settings) -> Stage2:
     training = PriorTraining(**settings)
     plan = Plan(tmp_path, "tiny", "scenes", model.config, training, resumed=False)
     grid = model.config.grid
@@ -111,7 +112,7 @@ def stage(tmp_path, model, **settings) -> Stage2:
     words = tiny.tokenizer()
     heldout = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     tokens = torch.from_numpy(fit(words.encode("red"), model.config.text_length - 1)[0]).repeat(2, 1)
-    return Stage2(model, plan, dvae, words, (heldout, tokens), ["red"], "fp32")
+    return Stage2(model, plan, dvae, words, (heldout, tokens), ["red"], precision)
 
 
 def test_the_text_counts_one_eighth_and_the_picture_seven(tmp_path):
@@ -121,6 +122,22 @@ def test_the_text_counts_one_eighth_and_the_picture_seven(tmp_path):
     assert task.weighted(torch.tensor(0.0), torch.tensor(8.0)).item() == 7
     other = stage(tmp_path, model, text_weight=0.25)
     assert other.weighted(torch.tensor(8.0), torch.tensor(4.0)).item() == 5
+
+
+def test_a_picture_has_the_same_codes_in_training_and_held_out(tmp_path):
+    """Codes that decode alike differ by the last digits of their logits, which other types would change."""
+    task, types = stage(tmp_path, tiny.prior(text_vocab=280), "bf16"), []
+
+    def encode(pixels):
+        types.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return torch.zeros(len(pixels), 4, 4, dtype=torch.long)
+
+    task.codes.encode = encode
+    pixels = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    task.encode(pixels)
+    with arithmetic("bf16", torch.device("cpu")):
+        task.encode(pixels)
+    assert types == [torch.bfloat16] * 2
 
 
 def test_every_preset_keeps_the_papers_weights():
