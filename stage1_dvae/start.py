@@ -119,14 +119,18 @@ def _distinct(
 def k_means(
     points: Float[Tensor, "n d"], weights: Float[Tensor, " n"], count: int, generator: torch.Generator
 ) -> Float[Tensor, "count d"]:
-    """`count` centres of weighted points, begun far apart (k-means++, many centres at a time)."""
+    """`count` centres of weighted points, begun far apart (k-means++, many centres at a time).
+
+    Weights decide where centres begin, too: the rounds that follow hardly move one from what is rare to what
+    is common.
+    """
     mean = points.mean(0)
     points = points - mean  # or patches that are nearly alike would be so within the rounding of distances
     centres = points[weights.argmax()][None]
     distance = _nearest(points, centres)[0].square()
     while len(centres) < count and (apart := int((distance > 0).sum())):
         more = min(len(centres) // 4 + 1, count - len(centres), apart)
-        chosen = points[torch.multinomial(distance, more, generator=generator)]
+        chosen = points[torch.multinomial(distance * weights, more, generator=generator)]
         centres = torch.cat([centres, chosen])
         distance = torch.minimum(distance, _nearest(points, chosen)[0].square())
     if missing := count - len(centres):  # these codes share a patch, apart by less than a level of grey

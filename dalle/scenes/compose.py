@@ -41,7 +41,7 @@ _BACKGROUNDS = tuple(BACKGROUNDS)
 
 # Colours that backgrounds have, too, are harder to learn on objects; seldom ones leave minutes of training
 # enough to learn the others (docs/demo.md).
-MUTED = 0.2
+MUTED = 0.05
 _MUTED = tuple(pair for pair in TRAINED_PAIRS if pair[0] in BACKGROUNDS)
 _VIVID = tuple(pair for pair in TRAINED_PAIRS if pair[0] not in BACKGROUNDS)
 

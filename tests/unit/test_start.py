@@ -92,6 +92,15 @@ def test_centres_are_the_weighted_means_of_what_is_nearest_to_them():
         assert torch.cdist(mean[None], found).min() < 1e-4
 
 
+def test_common_patches_have_codes_of_their_own_before_rare_ones_that_differ_more():
+    generator = torch.Generator().manual_seed(5)
+    common = 3 + torch.tensor([[0.0, 0.0], [0.2, 0.0], [0.0, 0.2], [0.2, 0.2]])
+    points = torch.cat([torch.randn(400, 2, generator=generator), common])
+    weights = torch.cat([torch.ones(400), torch.full((4,), 1e5)])
+    found = k_means(points, weights, 16, generator)
+    assert torch.cdist(common, found).min(1).values.max() < 0.02
+
+
 @pytest.mark.parametrize("grey", [0.5, 0.89])
 def test_patches_that_differ_by_a_level_of_grey_have_centres_of_their_own(grey):
     """Light sketches and icons: distances between such patches are lost in the rounding of their squares."""
