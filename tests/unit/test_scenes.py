@@ -187,7 +187,7 @@ def test_each_held_out_split_holds_only_its_own():
         assert not painted & set(HELD_OUT_PAIRS)
 
 
-def test_held_out_pairs_leave_every_colour_and_shape_common():
+def test_held_out_pairs_leave_every_vivid_colour_and_every_shape_common():
     assert len(set(HELD_OUT_PAIRS)) == 8
     objects = [thing for i in range(10 * N) for thing in Scenes("train").scene(i).objects]
     shapes = Counter(thing.shape for thing in objects)
