@@ -182,7 +182,10 @@ class Stage1:
 
     @fp32_products("ieee")
     def evaluate(self, step: int) -> dict[str, float]:
-        """Held-out ELBO; relaxed against hard reconstructions; a grid of both in pictures/."""
+        """Held-out ELBO; relaxed against hard reconstructions; a grid of both in pictures/.
+
+        Nothing is rounded as in training, since it is not when pictures are read later (`DVAE.encode`).
+        """
         sums: dict[str, float] = {}
         window = CodebookWindow(self.run.model.vocab_size)
         at_once = min(AT_ONCE, self.config.pictures_at_once(topology().world))
