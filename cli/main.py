@@ -73,6 +73,7 @@ def train_dvae(
     run: opt.Run = DEFAULT_RUN,
     preset: opt.Preset = None,
     steps: opt.Steps = None,
+    minutes: opt.TrainingMinutes = None,
     settings: opt.Settings = None,
     processes: opt.Processes = None,
     zero: opt.Zero = None,
@@ -84,7 +85,7 @@ def train_dvae(
     from dalle.runs import Options
     from stage1_dvae.train import resolve, train
 
-    options = Options(run, data, preset, steps, _with_zero(settings, zero))
+    options = Options(run, data, preset, steps, _with_zero(settings, zero), minutes)
     if show_config:
         resolve(options).show()
         return
@@ -100,6 +101,7 @@ def train_prior(
     run: opt.Run = DEFAULT_RUN,
     preset: opt.Preset = None,
     steps: opt.Steps = None,
+    minutes: opt.TrainingMinutes = None,
     settings: opt.Settings = None,
     processes: opt.Processes = None,
     machines: opt.Machines = None,
@@ -115,7 +117,7 @@ def train_prior(
     from dalle.runs import Options, machine_preset
     from stage2_prior.train import resolve, train
 
-    options = Options(run, data, preset, steps, _with_zero(settings, zero))
+    options = Options(run, data, preset, steps, _with_zero(settings, zero), minutes)
     with joined(None if show_config else processes):  # first: it decides which GPU is this process' own
         codes = codes_of(run)
         began = read_json(run / "dvae" / "config.json")

@@ -33,6 +33,15 @@ Steps = Annotated[
         "--steps", min=0, help="Updates in all; a new run's schedules scale with it.", show_default=False
     ),
 ]
+TrainingMinutes = Annotated[
+    float | None,
+    typer.Option(
+        "--minutes",
+        help="In place of --steps: train for so long, from now on; the number of updates and a new run's "
+        "schedules are fitted to it on the way.",
+        show_default=False,
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as --set lr=1e-3. Repeatable."),

@@ -98,6 +98,11 @@ class Bar:
     def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
         self.progress.stop()
 
+    def expect(self, total: int) -> None:
+        """There will be so many."""
+        self.total = total
+        self.progress.update(self.task, total=total)
+
     def rate(self, done: int) -> float:
         """Units a second."""
         return (done - self.start) / max(1e-9, self.clock.seconds)

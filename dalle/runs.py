@@ -1,6 +1,7 @@
 """What a training command is to do: from presets, options and what the run folder already holds."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dalle.budget import Budget, lasting
 from dalle.checkpoint import FORMAT, read_json, write_json
 from dalle.config import describe, from_json, keys, override, preset, to_json
 from dalle.errors import ConfigError
@@ -30,6 +32,7 @@ class Options:
     preset: str | None = None
     steps: int | None = None
     settings: tuple[str, ...] = ()
+    minutes: float | None = None  # to end in, in place of a number of steps
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,13 @@ class Plan:
     model: Any
     training: Any
     resumed: bool
+    spans: tuple[str, ...] = ()  # settings that keep their share of the steps while these are fitted
+    minutes: float | None = None
+
+    @property
+    def budget(self) -> Budget | None:
+        """The time to keep to, if there is one; it begins now."""
+        return None if self.minutes is None else Budget(self.minutes, self.training, self.spans)
 
     def write(self, **more: Any) -> None:
         """Write config.json, before the first step."""
@@ -85,20 +95,25 @@ def plan(
     settings = list(options.settings)
     if options.steps is not None:
         settings.append(f"steps={options.steps}")
+    if (minutes := options.minutes) is not None:
+        if not (math.isfinite(minutes) and minutes > 0):
+            raise ConfigError(f"--minutes {minutes:g} is no time to train for; give more than 0")
+        if "steps" in keys(settings):
+            raise ConfigError("--minutes and --steps both say when to end: give one of them")
     if (folder / "config.json").exists():
         return _continued(folder, options, settings, presets)
     name = options.preset or default_preset
     model, training = preset(presets, name)
     sections = override({"model": model, "training": training}, settings)
     chosen = keys(settings)
-    scaled = _scale_horizons(sections["training"], training.steps, chosen)
-    return Plan(folder, name, options.data or default_data, sections["model"], scaled, resumed=False)
-
-
-def _scale_horizons(training: Training, preset_steps: int, chosen: set[str]) -> Training:
-    ratio = training.steps / preset_steps
-    spans = [h for h in HORIZONS if hasattr(training, h) and h not in chosen]
-    return dataclasses.replace(training, **{h: round(getattr(training, h) * ratio) for h in spans})
+    chosen_training: Training = sections["training"]
+    spans = tuple(h for h in HORIZONS if hasattr(training, h) and h not in chosen)
+    of_preset = dataclasses.replace(chosen_training, steps=training.steps)
+    return Plan(
+        folder, name, options.data or default_data, sections["model"],
+        lasting(of_preset, chosen_training.steps, spans),
+        resumed=False, spans=spans, minutes=minutes,
+    )  # fmt: skip
 
 
 def _continued(
@@ -136,4 +151,6 @@ def _continued(
             raise ConfigError(
                 f"{folder} was started with {what} {was}, not {now}: keep it, or use another --run"
             )
-    return Plan(folder, name, data, sections["model"], sections["training"], resumed=True)
+    return Plan(
+        folder, name, data, sections["model"], sections["training"], resumed=True, minutes=options.minutes
+    )

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checka
 
 from torch import Tensor
 
+from dalle.budget import Budget, record
 from dalle.ceiling import gemm_rate
 from dalle.chart import draw_scales
 from dalle.config import setting
@@ -160,6 +161,7 @@ class LargeTraining(Training):
 
 
 SETTLED = 10  # updates after which the time left is worth saying
+REFIT = 10  # updates between two looks at the time left, where a run is to end in time
 
 # What may differ between a run and its continuation without making it another run.
 CHANGEABLE = {
@@ -174,6 +176,7 @@ Batch: TypeAlias = tuple[Tensor, ...]
 class Task(Protocol):
     """What a stage tells the loop. `step` counts the updates made before."""
 
+    config: Any  # the stage's Training; the loop replaces it where a run is to end in time
     label: str
     tokens_per_picture: int
     flops_per_picture: int  # of the matrix products of a forward and a backward pass
@@ -216,9 +219,15 @@ class Session(NamedTuple):
     task: Task
     engine: Engine
     loader: Loader
-    config: Training
     folder: Path
     topology: Topology
+    budget: Budget | None = None
+
+    @property
+    def config(self) -> Training:
+        """How the run trains."""
+        training: Training = self.task.config
+        return training
 
     @property
     def micro_batches(self) -> int:
@@ -238,7 +247,8 @@ def alone(folder: Path, here: Topology) -> AbstractContextManager[None]:
 def fit(session: Session) -> bool:
     """Train until `config.steps` updates are made; go on from the newest state in the folder.
 
-    Logs, evaluates and saves on the way and at the end. Ctrl-C and SIGTERM save first.
+    Logs, evaluates and saves on the way and at the end. Ctrl-C and SIGTERM save first. With a budget the
+    number of updates follows the time that is left.
 
     Returns:
         True when all steps are made, False when a signal stopped it before.
@@ -246,12 +256,14 @@ def fit(session: Session) -> bool:
     Raises:
         CheckpointError: states exist but none is whole, or saving failed.
     """
-    task, engine, loader, config, folder, topology = session
+    task, engine, loader, folder, topology, budget = session
     with stop_signals() as stopped:
-        step = resume(session)
-        if step >= config.steps:
+        step, config = resume(session), session.config
+        if step >= config.steps and budget is None:
             say(f"{task.label}: {folder} has its {step:,} steps already; a larger --steps trains on")
             return True
+        if budget:
+            config = task.config = budget.fitted(max(config.steps, step + REFIT))
         log = MetricsLog(folder, step, config.tensorboard) if topology.main else None
         clock, saver = Stopwatch(), Saver(folder, config.keep, topology)
         ceiling = topology.world * gemm_rate(engine.device, engine.precision)
@@ -263,6 +275,7 @@ def fit(session: Session) -> bool:
                 saver.check()  # rather than train on for what would be lost
                 metrics = update(session, batches, step, window)
                 step, stopping = step + 1, topology.any(stopped())
+                config = _fit_to_budget(session, step, bar)
                 last = step == config.steps
                 if step == bar.start + SETTLED and not last:
                     say(f"{task.label}: about {duration(bar.left(step))} for the remaining steps")
@@ -281,6 +294,8 @@ def fit(session: Session) -> bool:
                         if log:
                             log.write(step, measured)
                     if step % config.save_every == 0 or last or stopping:
+                        if log and budget:
+                            record(folder, config)
                         saver.save(step, engine.state(), {"task": task.state()})
                         if log and engine.scaling is not None:
                             draw_scales(folder)
@@ -289,6 +304,19 @@ def fit(session: Session) -> bool:
     if step < config.steps:
         say(f"stopped after step {step:,} of {config.steps:,}, saved; the same command goes on from there")
     return step >= config.steps
+
+
+def _fit_to_budget(session: Session, step: int, bar: Bar) -> Training:
+    """How to train on after update `step`: to another end, where there is a time to keep to."""
+    task, budget, topology = session.task, session.budget, session.topology
+    if budget is None:
+        return session.config
+    over = topology.any(budget.left == 0)
+    if over or (step - bar.start) % REFIT == 0:
+        steps = step if over else topology.share(budget.steps(step, bar.rate(step)))
+        task.config = budget.fitted(steps)
+        bar.expect(steps)
+    return session.config
 
 
 def stream(session: Session, step: int) -> Generator[Batch, None, None]:
@@ -327,7 +355,7 @@ def update(session: Session, batches: Iterator[Batch], step: int, window: Window
 
 def resume(session: Session) -> int:
     """Load the newest whole state, if there is one; the number of updates it has seen."""
-    task, engine, _, _, folder, topology = session
+    task, engine, _, folder, topology, _ = session
     found, refused = newest_state(folder / "state") if topology.main else (None, [])
     for error in refused:
         warn(f"{error}; the training state before it is used")

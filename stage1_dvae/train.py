@@ -60,10 +60,10 @@ def _spare_the_prior(options: Options) -> None:
     if not prior.exists() or not (folder / "config.json").exists():
         return
     made, steps = newest_step(folder / "state"), resolve(options).training.steps
-    if made < steps:
+    if made < steps or options.minutes is not None:
         raise ConfigError(
             f"{prior.parent} was begun on this dVAE as it is after {made:,} steps, and would not fit it "
-            f"after {steps:,}: use another --run"
+            f"after {f'{steps:,}' if made < steps else 'more'}: use another --run"
         )
 
 
@@ -104,7 +104,8 @@ def prepare(options: Options) -> Session:
     )
     if here.main:
         run.write()
-    return Session(Stage1(model, run, heldout.to(device)), engine, loader, config, run.folder, here)
+    stage = Stage1(model, run, heldout.to(device))
+    return Session(stage, engine, loader, run.folder, here, run.budget)
 
 
 def _crop(sample: Sample, rng: np.random.Generator, size: int, flip: bool) -> tuple[Tensor]:

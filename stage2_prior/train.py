@@ -157,7 +157,7 @@ def prepare(
     prompts = list(SCENE_PROMPTS) if run.data == "scenes" else _captions(unseen, SHOWN)
     heldout = tuple(t.to(device) for t in heldout)
     stage = Stage2(model, run, codes, tokenizer, heldout, prompts, precision)
-    return Session(stage, engine, loader, config, run.folder, here)
+    return Session(stage, engine, loader, run.folder, here, run.budget)
 
 
 def _attention(run: Plan, device: torch.device, precision: Arithmetic) -> Backend:
@@ -333,6 +333,7 @@ class Stage2:
 
     def after(self, loss: float) -> None:
         """The plateau rule watches the training loss."""
+        self.plateau.patience = self.config.patience  # fitted to the time where a run is to end in time
         self.plateau.observe(loss)
 
     def evaluate(self, step: int) -> dict[str, float]:

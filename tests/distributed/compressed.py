@@ -47,7 +47,7 @@ def session(folder: Path = Path(), **changes: Any) -> Session:
     model.recompute = config.zero == 3
     engine = make_engine(model, config, "fp32", variance_limit=5.0, matrices=model.matrices())
     size = config.pictures_at_once(topology().world)
-    return Session(Toy(model, False), engine, Samples(size), config, folder, topology())
+    return Session(Toy(model, False, config), engine, Samples(size), folder, topology())
 
 
 def course(one: Session, start: int, stop: int) -> dict[str, list[float]]:

@@ -61,8 +61,8 @@ class Toy:
 
     label, tokens_per_picture, flops_per_picture = "toy", 1, 1
 
-    def __init__(self, model: Prior, sick: bool) -> None:
-        self.model, self.sick = model, sick
+    def __init__(self, model: Prior, sick: bool, config: LargeTraining) -> None:
+        self.model, self.sick, self.config = model, sick, config
         self.last = math.nan
 
     def begin(self, batches: Any, run: Any) -> None:
@@ -116,7 +116,7 @@ def session(folder: Path = Path(), *, sick: bool = False, **changes: Any) -> Ses
     model.recompute = config.zero == 3
     engine = make_engine(model, config, config.precision, variance_limit=5.0, matrices=model.matrices())
     size = config.pictures_at_once(topology().world)
-    return Session(Toy(model, sick), engine, Samples(size), config, folder, topology())
+    return Session(Toy(model, sick, config), engine, Samples(size), folder, topology())
 
 
 def train(one: Session, start: int, stop: int) -> list[dict[str, Any]]:

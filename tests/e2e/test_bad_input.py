@@ -66,6 +66,8 @@ def test_a_dvae_is_not_trained_on_under_its_prior(dalle, run):
         "was begun on this dVAE as it is after 2 steps, and would not fit it after 4: use another --run"
         in line
     )
+    line = complaint(dalle("train-dvae", "--run", run, "--minutes", 1))
+    assert "and would not fit it after more: use another --run" in line
     assert files(run) == before
     done = dalle(*dvae(run, steps=2))
     assert done.code == 0, done.err  # what is finished may be asked for again

@@ -25,52 +25,67 @@ def small(monkeypatch):
     training = dataclasses.replace(training, **SMALL, bpe_vocab=300, bpe_captions=50)
     monkeypatch.setitem(PRIOR_PRESETS, "tiny", (model, training))
     monkeypatch.setattr(dalle.demo, "PROMPTS", 2)
-    monkeypatch.setattr(dalle.demo, "TRIAL", 4)
 
 
 def steps(run, stage):
     return json.loads((run / stage / "config.json").read_text())["training"]["steps"]
 
 
-def test_a_demo_ends_in_a_report_and_its_steps_are_fitted_to_the_machine(tmp_path, monkeypatch):
+@pytest.fixture
+def quick(monkeypatch):
+    """A demo of a minute that trains for some seconds of it."""
+    monkeypatch.setattr(dalle.demo, "DVAE_SHARE", 0.02)
+    monkeypatch.setattr(dalle.demo, "PRIOR_SHARE", 0.04)
+
+
+def test_a_demo_ends_in_a_report_and_its_steps_are_those_that_there_was_time_for(tmp_path, quick):
     run = tmp_path / "run"
-    monkeypatch.setattr(dalle.demo, "_measure", lambda stage, train: (4.0, 4))
     assert demo(run, 1.0)
-    assert steps(run, "dvae") == round(0.1 * 60 * 4 / 4)
-    assert steps(run, "prior") == round(0.76 * 60 * 4 / 4)
     figures = json.loads((run / "report.json").read_text())
     assert figures["command"] == "dalle demo --minutes 1"
     assert all(split["prompts"] == 2 for split in figures["splits"].values())
-    assert figures["stages"]["prior"]["steps"] == steps(run, "prior")
+    for stage, seconds in (("dvae", 1.2), ("prior", 2.4)):
+        made = figures["stages"][stage]
+        assert made["steps"] == steps(run, stage)
+        assert made["seconds"] < seconds + 1.5  # an update may be under way when time is up
     page = (run / "report.html").read_text()
     assert "<svg" in page
     assert "at temperature 1, top-p 0.8, guidance 1.25." in page
 
 
-def test_a_stopped_demo_goes_on_as_it_was_begun(tmp_path, monkeypatch):
+def test_a_stopped_demo_goes_on_as_it_was_begun(tmp_path, quick, monkeypatch):
     run = tmp_path / "run"
-    monkeypatch.setattr(dalle.demo, "_measure", lambda stage, train: (1.0, 4))
-    monkeypatch.setattr(dalle.demo, "train_prior", lambda *_, **__: False)  # as after a Ctrl-C
-    assert not demo(run, 1.0)
-    monkeypatch.undo()
+    with monkeypatch.context() as stopped:
+        stopped.setattr(dalle.demo, "train_prior", lambda *_, **__: False)  # as after a Ctrl-C
+        assert not demo(run, 1.0)
     begun, written = steps(run, "dvae"), (run / "dvae" / "weights.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(dalle.demo, "_measure", lambda stage, train: (1.0, 4) if stage == "prior" else 1 / 0)
-    monkeypatch.setattr(dalle.demo, "train_prior", lambda *_, **__: True)
+    given = []
+    monkeypatch.setattr(dalle.demo, "train_prior", lambda options, *_, **__: given.append(options) or True)
     monkeypatch.setattr(dalle.demo, "judge_and_report", lambda *_: None)
     assert demo(run, 1.0)
     assert steps(run, "dvae") == begun
     assert (run / "dvae" / "weights.safetensors").stat().st_mtime_ns == written
+    assert given[0].minutes == 0.04  # not the whole minute, though the first stage took none of it
 
 
-def test_the_measurement_is_of_the_training_itself_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", None)
-    rate, batch_size = dalle.demo._measure(
-        "dvae", lambda trial: dalle.demo.train_dvae(dalle.demo._with(trial, "start=random"))
-    )
-    assert rate > 0
-    assert batch_size == 4
-    assert not list(tmp_path.rglob("config.json"))
+def test_the_prior_has_the_time_that_is_left(tmp_path, monkeypatch):
+    given, now = {}, [0.0]
+    monkeypatch.setattr(dalle.demo.time, "monotonic", lambda: now[0])
+
+    def trained(stage, seconds):
+        def train(options, *_, **__):
+            given[stage] = options.minutes
+            now[0] += seconds
+            return True
+
+        return train
+
+    monkeypatch.setattr(dalle.demo, "train_dvae", trained("dvae", 150.0))  # clustering took a while
+    monkeypatch.setattr(dalle.demo, "codes_of", lambda _: None)
+    monkeypatch.setattr(dalle.demo, "train_prior", trained("prior", 1.0))
+    monkeypatch.setattr(dalle.demo, "judge_and_report", lambda *_: None)
+    assert demo(tmp_path, 10.0)
+    assert given == {"dvae": 1.0, "prior": pytest.approx(9.5 - 2.5)}
 
 
 def test_another_time_in_the_same_folder_is_refused(tmp_path):

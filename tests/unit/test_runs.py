@@ -31,7 +31,10 @@ def begun(tmp_path):
 
 
 def test_without_options_it_is_the_default_preset_on_the_default_data(tmp_path):
-    assert resolve(tmp_path) == Plan(tmp_path / "dvae", "tiny", "scenes", MODEL, TRAINING, resumed=False)
+    spans = ("warmup", "lr_steps", "beta_steps", "tau_steps")
+    assert resolve(tmp_path) == Plan(
+        tmp_path / "dvae", "tiny", "scenes", MODEL, TRAINING, resumed=False, spans=spans
+    )
 
 
 def test_options_choose_the_preset_the_data_and_single_settings(tmp_path):
@@ -70,6 +73,31 @@ def test_everything_else_stays_when_the_steps_change(tmp_path):
     assert {name for name in long if long[name] != short[name]} == {
         "steps", "lr_steps", "beta_steps", "tau_steps", "warmup",
     }  # fmt: skip
+
+
+def test_minutes_fit_the_horizons_that_are_not_set(tmp_path):
+    run = resolve(tmp_path, "tau_steps=123", minutes=2.0)
+    assert run.budget.left == pytest.approx(120, abs=1)
+    fitted = run.budget.fitted(100)
+    assert (fitted.steps, fitted.lr_steps, fitted.beta_steps, fitted.tau_steps) == (100, 90, 50, 123)
+    assert resolve(tmp_path).budget is None
+
+
+def test_minutes_of_a_run_that_goes_on_change_its_steps_alone(begun):
+    training = resolve(begun).training
+    assert resolve(begun, minutes=2.0).budget.fitted(700) == dataclasses.replace(training, steps=700)
+
+
+@pytest.mark.parametrize("given", [{"steps": 9}, {"settings": ("steps=9",)}])
+def test_minutes_and_steps_exclude_each_other(tmp_path, given):
+    with pytest.raises(ConfigError, match="--minutes and --steps both say when to end: give one of them"):
+        resolve(tmp_path, *given.pop("settings", ()), **given, minutes=1.0)
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), float("inf")])
+def test_minutes_that_are_none_are_refused(tmp_path, minutes):
+    with pytest.raises(ConfigError, match=f"--minutes {minutes:g} is no time to train for"):
+        resolve(tmp_path, minutes=minutes)
 
 
 def test_every_span_of_steps_in_the_presets_is_a_horizon():

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from dalle.budget import Budget
 from dalle.checkpoint import load_weights
 from dalle.data.loader import Loader
 from dalle.data.source import BadSample, Sample
@@ -76,8 +77,8 @@ class Regression:
         )  # fmt: skip
         self.loader = Loader(Points(), prepare, batch_size=config.pictures_at_once(1), seed=config.seed)
 
-    def run(self) -> bool:
-        return fit(Session(self, self.engine, self.loader, self.config, self.folder, ALONE))
+    def run(self, budget: Budget | None = None) -> bool:
+        return fit(Session(self, self.engine, self.loader, self.folder, ALONE, budget))
 
     def begin(self, batches, run):
         assert len(batches) == 2

@@ -21,7 +21,7 @@ def unsynced(monkeypatch):
 def sessions(folder, task=Regression):
     def prepare():
         one = task(folder, config(steps=5))
-        return Session(one, one.engine, one.loader, one.config, folder, ALONE)
+        return Session(one, one.engine, one.loader, folder, ALONE)
 
     return prepare
 
