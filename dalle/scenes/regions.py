@@ -18,9 +18,8 @@ Cover = Float[np.ndarray, "side side"]
 Pixels = Float[np.ndarray, "side side 3"]
 Mean = Float[np.ndarray, "3"]  # of a colour's pixels
 
-_COLOURS, _BACKGROUNDS = tuple(COLOURS), tuple(BACKGROUNDS)
+_COLOURS = tuple(COLOURS)
 _PAINTS = np.array(list(COLOURS.values()), dtype=np.float32)
-_GROUNDS = np.array(list(BACKGROUNDS.values()), dtype=np.float32)
 _GROUND = 0  # the background's label; a colour's is its place in the palette, counted from 1
 
 
@@ -94,12 +93,13 @@ def _pixels(picture: Image.Image) -> Pixels:
 def _background(pixels: Pixels) -> tuple[Background | None, Mean]:
     """The one that more than half of the border has, and its colour as it is there."""
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
-    nearest = _squares(border, np.concatenate([_GROUNDS, _PAINTS])).argmin(-1)
-    counts = np.bincount(nearest, minlength=len(_GROUNDS))[: len(_GROUNDS)]
-    most = int(counts.argmax())
-    if 2 * counts[most] <= len(border):
-        return None, _GROUNDS[most]
-    return _BACKGROUNDS[most], border[nearest == most].mean(0)
+    nearest = _squares(border, _PAINTS).argmin(-1)
+    counts = np.bincount(nearest, minlength=len(_PAINTS))
+    background = max(BACKGROUNDS, key=lambda name: counts[_COLOURS.index(name)])
+    here = nearest == _COLOURS.index(background)
+    if 2 * here.sum() <= len(border):
+        return None, np.array(BACKGROUNDS[background], dtype=np.float32)
+    return background, border[here].mean(0)
 
 
 def _squares(pixels: Float[np.ndarray, "*n 3"], to: Float[np.ndarray, "k 3"]) -> Float[np.ndarray, "*n k"]:
