@@ -126,8 +126,8 @@ class Engine:
         finite = math.isfinite(grad_norm) and not overflowed
         if finite:
             self.dropped = 0
-            if self.clip is not None:
-                torch._foreach_mul_(gradients, min(1.0, self.clip / (grad_norm + 1e-6)))
+            if self.clip is not None and (factor := self.clip / (grad_norm + 1e-6)) < 1:
+                torch._foreach_mul_(gradients, factor)
             self.optimizer.number = step
             self.optimizer.grad_norm = grad_norm if self.clip is None else min(grad_norm, self.clip)
             if self.muon is not None:
