@@ -209,6 +209,18 @@ def test_what_cannot_be_is_told_once_in_one_line(start, tmp_path, more, words):
     assert "Traceback" not in command.said
 
 
+def test_several_processes_agree_on_how_many_updates_there_is_time_for(start, tmp_path):
+    run = tmp_path / "run"
+    arguments = dvae(run, *SETTINGS["dvae"], "--processes", 2, "--minutes", 0.1)
+    at = arguments.index("--steps")
+    del arguments[at : at + 2]
+    began = start(*arguments)
+    assert began.ends(SOON) == 0, began.said  # they would wait for each other for ever
+    made = newest_state(run / "dvae" / "state")[0].values["step"]
+    assert made == json.loads((run / "dvae" / "config.json").read_text())["training"]["steps"]
+    assert made == read_metrics(run / "dvae")[-1]["step"] > 1
+
+
 def test_torchrun_starts_the_same_run(start, straight, tmp_path):
     run = tmp_path / "run"
     program = tmp_path / "start.py"  # not dalle.py, which would hide the package
