@@ -85,7 +85,7 @@ def test_the_prior_has_the_time_that_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(dalle.demo, "train_prior", trained("prior", 1.0))
     monkeypatch.setattr(dalle.demo, "judge_and_report", lambda *_: None)
     assert demo(tmp_path, 10.0)
-    assert given == {"dvae": 1.0, "prior": pytest.approx(9.5 - 2.5)}
+    assert given == {"dvae": 0.5, "prior": pytest.approx(9.5 - 2.5)}
 
 
 def test_another_time_in_the_same_folder_is_refused(tmp_path):
