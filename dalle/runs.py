@@ -48,9 +48,8 @@ class Plan:
     spans: tuple[str, ...] = ()  # settings that keep their share of the steps while these are fitted
     minutes: float | None = None
 
-    @property
     def budget(self) -> Budget | None:
-        """The time to keep to, if there is one; it begins now."""
+        """The time to keep to, from now on, if there is one."""
         return None if self.minutes is None else Budget(self.minutes, self.training, self.spans)
 
     def write(self, **more: Any) -> None:

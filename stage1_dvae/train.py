@@ -105,7 +105,7 @@ def prepare(options: Options) -> Session:
     if here.main:
         run.write()
     stage = Stage1(model, run, heldout.to(device))
-    return Session(stage, engine, loader, run.folder, here, run.budget)
+    return Session(stage, engine, loader, run.folder, here, run.budget())
 
 
 def _crop(sample: Sample, rng: np.random.Generator, size: int, flip: bool) -> tuple[Tensor]:

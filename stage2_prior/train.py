@@ -157,7 +157,7 @@ def prepare(
     prompts = list(SCENE_PROMPTS) if run.data == "scenes" else _captions(unseen, SHOWN)
     heldout = tuple(t.to(device) for t in heldout)
     stage = Stage2(model, run, codes, tokenizer, heldout, prompts, precision)
-    return Session(stage, engine, loader, run.folder, here, run.budget)
+    return Session(stage, engine, loader, run.folder, here, run.budget())
 
 
 def _attention(run: Plan, device: torch.device, precision: Arithmetic) -> Backend:

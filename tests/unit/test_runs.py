@@ -77,15 +77,15 @@ def test_everything_else_stays_when_the_steps_change(tmp_path):
 
 def test_minutes_fit_the_horizons_that_are_not_set(tmp_path):
     run = resolve(tmp_path, "tau_steps=123", minutes=2.0)
-    assert run.budget.left == pytest.approx(120, abs=1)
-    fitted = run.budget.fitted(100)
+    assert run.budget().left == pytest.approx(120, abs=1)
+    fitted = run.budget().fitted(100)
     assert (fitted.steps, fitted.lr_steps, fitted.beta_steps, fitted.tau_steps) == (100, 90, 50, 123)
-    assert resolve(tmp_path).budget is None
+    assert resolve(tmp_path).budget() is None
 
 
 def test_minutes_of_a_run_that_goes_on_change_its_steps_alone(begun):
     training = resolve(begun).training
-    assert resolve(begun, minutes=2.0).budget.fitted(700) == dataclasses.replace(training, steps=700)
+    assert resolve(begun, minutes=2.0).budget().fitted(700) == dataclasses.replace(training, steps=700)
 
 
 @pytest.mark.parametrize("given", [{"steps": 9}, {"settings": ("steps=9",)}])
