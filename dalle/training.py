@@ -275,7 +275,8 @@ def fit(session: Session) -> bool:
                 saver.check()  # rather than train on for what would be lost
                 metrics = update(session, batches, step, window)
                 step, stopping = step + 1, topology.any(stopped())
-                config = _fit_to_budget(session, step, bar)
+                if budget:
+                    config = _fit_to_budget(session, budget, step, bar)
                 last = step == config.steps
                 if step == bar.start + SETTLED and not last:
                     say(f"{task.label}: about {duration(bar.left(step))} for the remaining steps")
@@ -306,15 +307,13 @@ def fit(session: Session) -> bool:
     return step >= config.steps
 
 
-def _fit_to_budget(session: Session, step: int, bar: Bar) -> Training:
-    """How to train on after update `step`: to another end, where there is a time to keep to."""
-    task, budget, topology = session.task, session.budget, session.topology
-    if budget is None:
-        return session.config
+def _fit_to_budget(session: Session, budget: Budget, step: int, bar: Bar) -> Training:
+    """How to train on after update `step`: now and then to another end, as there is time for."""
+    topology = session.topology
     over = topology.any(budget.left == 0)
     if over or (step - bar.start) % REFIT == 0:
         steps = step if over else topology.share(budget.steps(step, bar.rate(step)))
-        task.config = budget.fitted(steps)
+        session.task.config = budget.fitted(steps)
         bar.expect(steps)
     return session.config
 

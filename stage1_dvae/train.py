@@ -61,9 +61,10 @@ def _spare_the_prior(options: Options) -> None:
         return
     made, steps = newest_step(folder / "state"), resolve(options).training.steps
     if made < steps or options.minutes is not None:
+        later = f"{steps:,}" if made < steps else "more"
         raise ConfigError(
             f"{prior.parent} was begun on this dVAE as it is after {made:,} steps, and would not fit it "
-            f"after {f'{steps:,}' if made < steps else 'more'}: use another --run"
+            f"after {later}: use another --run"
         )
 
 

@@ -96,10 +96,10 @@ def _background(pixels: Pixels) -> tuple[Background | None, Mean]:
     nearest = _squares(border, _PAINTS).argmin(-1)
     counts = np.bincount(nearest, minlength=len(_PAINTS))
     background = max(BACKGROUNDS, key=lambda name: counts[_COLOURS.index(name)])
-    here = nearest == _COLOURS.index(background)
-    if 2 * here.sum() <= len(border):
-        return None, np.array(BACKGROUNDS[background], dtype=np.float32)
-    return background, border[here].mean(0)
+    paint = _COLOURS.index(background)
+    if 2 * counts[paint] <= len(border):
+        return None, _PAINTS[paint]
+    return background, border[nearest == paint].mean(0)
 
 
 def _squares(pixels: Float[np.ndarray, "*n 3"], to: Float[np.ndarray, "k 3"]) -> Float[np.ndarray, "*n k"]:

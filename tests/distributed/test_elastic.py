@@ -16,7 +16,7 @@ import torch
 
 from dalle.metrics import read_metrics
 from dalle.states import State, newest_state, state_folders
-from tests.e2e.settings import begin, dvae, options, prior
+from tests.e2e.settings import DVAE, begin, dvae, options, prior
 
 pytestmark = pytest.mark.distributed
 
@@ -211,10 +211,8 @@ def test_what_cannot_be_is_told_once_in_one_line(start, tmp_path, more, words):
 
 def test_several_processes_agree_on_how_many_updates_there_is_time_for(start, tmp_path):
     run = tmp_path / "run"
-    arguments = dvae(run, *SETTINGS["dvae"], "--processes", 2, "--minutes", 0.1)
-    at = arguments.index("--steps")
-    del arguments[at : at + 2]
-    began = start(*arguments)
+    in_time = ["train-dvae", "--preset", "tiny", "--run", run, "--minutes", 0.1, "--processes", 2]
+    began = start(*in_time, *DVAE, *SETTINGS["dvae"])
     assert began.ends(SOON) == 0, began.said  # they would wait for each other for ever
     made = newest_state(run / "dvae" / "state")[0].values["step"]
     assert made == json.loads((run / "dvae" / "config.json").read_text())["training"]["steps"]

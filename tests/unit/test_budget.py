@@ -30,7 +30,7 @@ class Timed(Regression):
     """Each update takes as long as the test says; the step size is a cosine over all of them."""
 
     def __init__(self, folder, clock, seconds_of, **changes):
-        super().__init__(folder, config(micro_batch=2, eval_every=10_000, save_every=25, **changes))
+        super().__init__(folder, config(eval_every=10_000, save_every=25, **changes))
         self.clock, self.seconds_of, self.lrs = clock, seconds_of, []
         self.began, self.halfway = clock[0], []
         write_json(folder / "config.json", {"format": 1, "training": to_json(self.config)})
