@@ -201,13 +201,7 @@ class DVAE(nn.Module):
         Raises:
             ValueError: pixels of another shape or type.
         """
-        size = self.config.image_size
-        if pixels.shape[1:] != (3, size, size) or pixels.dtype != torch.float32:
-            raise ValueError(
-                f"expected float32 pixels of shape (batch, 3, {size}, {size}), "
-                f"got {pixels.dtype} of shape {tuple(pixels.shape)}"
-            )
-        return self._in_pieces(self.encoder, map_pixels(pixels))
+        return self._in_pieces(self.encoder, self._mapped(pixels))
 
     def decoded(self, codes: Float[Tensor, "b v grid grid"]) -> Float[Tensor, "b 6 h w"]:
         """The decoder's output for relaxed codes."""
@@ -219,6 +213,15 @@ class DVAE(nn.Module):
             if isinstance(module, ResBlock):
                 module.recompute = True
 
+    def _mapped(self, pixels: Tensor) -> Tensor:
+        size = self.config.image_size
+        if pixels.shape[1:] != (3, size, size) or pixels.dtype != torch.float32:
+            raise ValueError(
+                f"expected float32 pixels of shape (batch, 3, {size}, {size}), "
+                f"got {pixels.dtype} of shape {tuple(pixels.shape)}"
+            )
+        return map_pixels(pixels)
+
     def _in_pieces(self, part: nn.Module, x: Tensor) -> Tensor:
         return self.threads.apply(part, x, parameters=list(part.parameters()))
 
@@ -227,14 +230,18 @@ class DVAE(nn.Module):
         table: Any = self.decoder.blocks.input
         return table.w.detach()[:, :, 0, 0].t()
 
+    @torch.no_grad()
     @fp32_products("ieee")
     def encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b grid grid"]:
         """The most probable code of every cell (no noise: paper, §2.2).
 
         The logits are exact even where training rounds them: codes that decode almost alike are told apart
         by their last digits, and a picture has to have the same codes whenever it is read.
+
+        Raises:
+            ValueError: pixels of another shape or type.
         """
-        return self.logits(pixels).argmax(1)
+        return self.threads.apply(lambda mapped: most_probable(self.encoder(mapped)), self._mapped(pixels))
 
     def decode(self, codes: Int[Tensor, "b grid grid"]) -> Float[Tensor, "b 3 h w"]:
         """The picture for given codes, pixels in [0, 1].
@@ -250,6 +257,19 @@ class DVAE(nn.Module):
                 f"expected codes from 0 to {vocab - 1}, got {int(codes.min())} to {int(codes.max())}"
             )
         return reconstruction(self.threads.apply(self.decoder.look_up, codes))
+
+
+def most_probable(logits: Float[Tensor, "b v h w"]) -> Int[Tensor, "b h w"]:
+    """The argmax over the codes, in two steps: first the best of 64 in a row, then the one among them.
+
+    A maximum takes a tenth of an argmax's time, which on a CPU looks at one logit after the other.
+    """
+    logits = logits.permute(0, 2, 3, 1)
+    at_once = math.gcd(64, logits.shape[-1])
+    runs = logits.unflatten(-1, (-1, at_once))
+    run = runs.amax(-1).argmax(-1)
+    best = runs.take_along_dim(run[..., None, None], -2).squeeze(-2)
+    return run * at_once + best.argmax(-1)
 
 
 @torch.no_grad()

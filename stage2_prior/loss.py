@@ -13,7 +13,7 @@ from stage2_prior.model import Prior
 # Logits held at a time: what a core's cache holds; enough for a GPU. Products in bf16 want more rows, since
 # each of them rounds the whole head anew.
 AT_ONCE = {"cpu": 2**19, "cuda": 2**26}
-AT_ONCE_IN_BF16 = 2**21
+AT_ONCE_IN_BF16 = 2**20
 
 
 def losses(
@@ -71,39 +71,44 @@ def cross_entropy(
     Args:
         at_once: how many logits; what suits the device unless it is given.
     """
-    rows = max(1, (at_once or _at_once(states.device)) // len(weight))
-    total: Tensor = _CrossEntropy.apply(states.float(), weight.float(), bias.float(), targets, rows)
+    bf16 = states.device.type == "cpu" and _autocast_to_bf16()
+    rows = max(1, (at_once or (AT_ONCE_IN_BF16 if bf16 else AT_ONCE[states.device.type])) // len(weight))
+    total: Tensor = _CrossEntropy.apply(states.float(), weight.float(), bias.float(), targets, rows, bf16)
     return total
 
 
-def _at_once(device: torch.device) -> int:
-    in_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return AT_ONCE_IN_BF16 if device.type == "cpu" and in_bf16 else AT_ONCE[device.type]
+def _autocast_to_bf16() -> bool:
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: int) -> Tensor:
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: int, bf16: bool
+    ) -> Tensor:
         total, wanted = states.new_zeros(()), any(ctx.needs_input_grad)
         if wanted:
-            # The first rows overwrite the table: to fill it with 0 takes as long as a product.
-            table = torch.empty_like(weight) if len(states) else torch.zeros_like(weight)
-            grads = [torch.empty_like(states), table, torch.zeros_like(bias)]
+            product = torch.bfloat16 if bf16 else torch.float32
+            rounded = weight.to(product)
+            grads = [torch.empty_like(states), torch.zeros_like(weight), torch.zeros_like(bias)]
         with as_they_are(states.device):
             for at in range(0, len(states), rows):
                 x, target = states[at : at + rows], targets[at : at + rows, None]
-                logits = torch.addmm(bias, x, weight.t())
-                p = torch.softmax(logits, 1)
-                # ln Σ exp from the largest entry, whose probability cannot underflow
-                total += (logits.amax(1) - p.amax(1).log()).sum() - logits.gather(1, target).sum()
+                logits = torch.mm(x, weight.t()).add_(bias)  # addmm would write the bias out first
+                most, chosen = logits.amax(1, keepdim=True), logits.gather(1, target)
+                p = logits.sub_(most).exp_()
+                whole = p.sum(1, keepdim=True)
+                total += (most + whole.log() - chosen).sum()
                 if wanted:
-                    grad = p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
-                    torch.mm(grad, weight, out=grads[0][at : at + rows])
-                    grads[1].addmm_(grad.t(), x, beta=float(at > 0))
-                    grads[2] += grad.sum(0)
+                    # The gradient times `whole`, by which the narrow side of each product is divided instead.
+                    p.scatter_add_(1, target, -whole)
+                    wide, share = p.to(product), whole.reciprocal()
+                    torch.mul(wide @ rounded, share, out=grads[0][at : at + rows])
+                    grads[1] += wide.t() @ (x * share).to(product)
+                    grads[2] += (p.t() @ share)[:, 0]
         ctx.save_for_backward(*(grads if wanted else ()))
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *(grad * g for g in ctx.saved_tensors), None, None
+        return *(grad * g for g in ctx.saved_tensors), None, None, None

@@ -13,7 +13,7 @@ from dalle.precision import fp32_products
 from stage1_dvae import model as model_module
 from stage1_dvae.config import PRESETS, DVAEConfig
 from stage1_dvae.likelihood import map_pixels, reconstruction
-from stage1_dvae.model import DVAE, Conv2d, ResBlock, matrix_flops
+from stage1_dvae.model import DVAE, Conv2d, ResBlock, matrix_flops, most_probable
 
 CONFIG = DVAEConfig(image_size=20, vocab_size=11, hidden=8, codebook_width=5, groups=3, blocks_per_group=1)
 
@@ -45,6 +45,19 @@ def test_shapes(groups, grid, blocks_per_group):
     assert shown.min() >= 0
     assert shown.max() <= 1
     assert model.decoder(torch.rand(2, 11, grid, grid)).shape == (2, 6, 20, 20)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("codes", [1, 7, 64, 96, 130, 256])
+def test_the_most_probable_code_is_the_argmax(codes, last):
+    """Also of equal logits, of which the first one counts, and of none."""
+    noise = torch.Generator().manual_seed(codes)
+    for shape in ((3, codes, 2, 5), (0, codes, 2, 2)):
+        fine, coarse = torch.randn(shape, generator=noise), torch.randint(4, shape, generator=noise).float()
+        for logits in (fine, coarse, torch.zeros(shape)):
+            if last:
+                logits = logits.contiguous(memory_format=torch.channels_last)
+            assert torch.equal(most_probable(logits), logits.argmax(1))
 
 
 def test_encoding_takes_the_most_probable_code():

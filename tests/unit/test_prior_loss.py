@@ -89,6 +89,29 @@ def test_cross_entropy_a_few_rows_at_a_time_is_torchs(rows, held, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sure", [0.0, 9.0])
+def test_cross_entropy_in_bf16_rounds_the_gradient_and_never_swamps_it(sure):
+    """Of a target that is all but certain, too: its gradient is a small difference of large numbers."""
+    random = torch.Generator().manual_seed(1)
+    head = torch.nn.Linear(16, 70)
+    torch.nn.init.normal_(head.weight, generator=random)
+    targets = torch.randint(70, (40,), generator=random)
+    states = torch.randn(40, 16, generator=random) + sure / 16 * head.weight[targets].detach()
+    states = states.bfloat16().float().requires_grad_()  # what is rounded besides is not the matter here
+    with torch.no_grad():
+        head.weight.copy_(head.weight.bfloat16())
+    inputs = (states, head.weight, head.bias)
+    exact = F.cross_entropy(head(states), targets, reduction="sum")
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = loss.cross_entropy(states, head.weight, head.bias, targets, at_once=16 * 70)
+    torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
+    expected, found = torch.autograd.grad(exact, inputs), torch.autograd.grad(ours, inputs)
+    for one, other in zip(expected, found, strict=True):
+        assert (one - other).norm() < 0.005 * one.norm()
+    by_row = (expected[0] - found[0]).norm(dim=1) / expected[0].norm(dim=1)
+    assert by_row.max() < 0.02
+
+
 @pytest.mark.parametrize("channels", [0, 5])
 def test_on_threads_losses_and_gradients_are_those_of_the_whole_batch(channels):
     model = tiny.prior(grid=2, code_channels=channels)
