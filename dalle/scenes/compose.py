@@ -47,7 +47,7 @@ _VIVID = tuple(pair for pair in TRAINED_PAIRS if pair[0] not in BACKGROUNDS)
 
 
 def compose(rng: Random, split: Split) -> Scene:
-    """Choose a scene that `split` allows: 40 % one object, 40 % a pair, 20 % two to four equal objects."""
+    """Choose a scene that `split` allows: half of them one object, 30 % a pair, 20 % two to four equal ones."""
     while True:
         scene = _any(rng, split)
         if is_trained_picture(scene) == (split == "train") and _stands_out(scene):
@@ -69,7 +69,7 @@ def _any(rng: Random, split: Split) -> Scene:
     if split == "relations":
         return _pair(rng, held_out=True)
     kind = rng.random()
-    if kind < 0.40:
+    if kind < 0.50:
         return _single(rng, _trained_pair(rng))
     return _pair(rng, held_out=False) if kind < 0.80 else _count(rng)
 
