@@ -241,7 +241,11 @@ class DVAE(nn.Module):
         Raises:
             ValueError: pixels of another shape or type.
         """
-        return self.threads.apply(lambda mapped: most_probable(self.encoder(mapped)), self._mapped(pixels))
+
+        def of_some(mapped: Tensor) -> Tensor:
+            return most_probable(self.encoder(mapped).permute(0, 2, 3, 1))
+
+        return self.threads.apply(of_some, self._mapped(pixels))
 
     def decode(self, codes: Int[Tensor, "b grid grid"]) -> Float[Tensor, "b 3 h w"]:
         """The picture for given codes, pixels in [0, 1].
@@ -259,12 +263,11 @@ class DVAE(nn.Module):
         return reconstruction(self.threads.apply(self.decoder.look_up, codes))
 
 
-def most_probable(logits: Float[Tensor, "b v h w"]) -> Int[Tensor, "b h w"]:
+def most_probable(logits: Float[Tensor, "*n v"]) -> Int[Tensor, "*n"]:
     """The argmax over the codes, in two steps: first the best of 64 in a row, then the one among them.
 
     A maximum takes a tenth of an argmax's time, which on a CPU looks at one logit after the other.
     """
-    logits = logits.permute(0, 2, 3, 1)
     at_once = math.gcd(64, logits.shape[-1])
     runs = logits.unflatten(-1, (-1, at_once))
     run = runs.amax(-1).argmax(-1)

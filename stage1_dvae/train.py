@@ -30,7 +30,7 @@ from stage1_dvae.codebook import ALARM, CodebookWindow
 from stage1_dvae.config import PRESETS, DVAETraining
 from stage1_dvae.likelihood import log_likelihood, reconstruction
 from stage1_dvae.loss import elbo
-from stage1_dvae.model import DVAE, matrix_flops
+from stage1_dvae.model import DVAE, matrix_flops, most_probable
 from stage1_dvae.start import pictures_needed, start_from_patches
 
 EVALUATION = 1 << 40  # keys the noise of evaluations apart from that of any step
@@ -174,7 +174,7 @@ class Stage1:
             self.model, to_pixels(batch[0]), tau=tau, generators=noise,
             mean_posterior=self._mean_posterior if in_parts else None,
         )  # fmt: skip
-        self.window.add(log_q.detach().argmax(-1))
+        self.window.add(most_probable(log_q))
         counted = {name: torch.tensor(value) for name, value in self.window.metrics().items()}
         schedule = {"tau": torch.tensor(tau), "beta": torch.tensor(beta)}
         return terms.loss(beta, self.config.usage_weight), {**terms.metrics(), **counted, **schedule}
@@ -196,7 +196,7 @@ class Stage1:
             places = range(start, start + len(pixels))
             noise = [noise_of(pixels.device, self.config.seed, EVALUATION, place) for place in places]
             terms, log_q, relaxed = elbo(self.model, pixels, tau=self.tau(step), generators=noise)
-            codes = log_q.argmax(-1)
+            codes = most_probable(log_q)
             hard = self.model.decoder.look_up(codes).float()
             hard_nll = -log_likelihood(pixels, hard, self.run.model.pixel_std).mean()
             window.add(codes)
