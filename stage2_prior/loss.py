@@ -10,10 +10,9 @@ from dalle.precision import as_they_are
 from dalle.threads import Threads
 from stage2_prior.model import Prior
 
-# Logits held at a time: what a core's cache holds; enough for a GPU. Products in bf16 want more rows, since
-# each of them rounds the whole head anew.
-AT_ONCE = {"cpu": 2**19, "cuda": 2**26}
-AT_ONCE_IN_BF16 = 2**20
+# Logits held at a time, at most. On a CPU they are no more than twice the head's weights, which every product
+# brings into another order: fewer would cost more of that, more would leave the caches.
+AT_ONCE = {"cpu": 2**23, "cuda": 2**26}
 
 
 def losses(
@@ -71,24 +70,29 @@ def cross_entropy(
     Args:
         at_once: how many logits; what suits the device unless it is given.
     """
-    bf16 = states.device.type == "cpu" and _autocast_to_bf16()
-    rows = max(1, (at_once or (AT_ONCE_IN_BF16 if bf16 else AT_ONCE[states.device.type])) // len(weight))
-    total: Tensor = _CrossEntropy.apply(states.float(), weight.float(), bias.float(), targets, rows, bf16)
+    most, product = AT_ONCE[states.device.type], torch.float32
+    if states.device.type == "cpu":
+        most = min(most, 2 * weight.numel())
+        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
+            product = torch.bfloat16
+    rows = max(1, (at_once or most) // len(weight))
+    total: Tensor = _CrossEntropy.apply(states.float(), weight.float(), bias.float(), targets, rows, product)
     return total
-
-
-def _autocast_to_bf16() -> bool:
-    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: int, bf16: bool
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        rows: int,
+        product: torch.dtype,
     ) -> Tensor:
         total, wanted = states.new_zeros(()), any(ctx.needs_input_grad)
         if wanted:
-            product = torch.bfloat16 if bf16 else torch.float32
             rounded = weight.to(product)
             grads = [torch.empty_like(states), torch.zeros_like(weight), torch.zeros_like(bias)]
         with as_they_are(states.device):
