@@ -55,7 +55,7 @@ class Cases:
     """What is measured."""
 
     small: PriorConfig = SMALL
-    small_batch: int = 16
+    small_batch: int = PRIOR_PRESETS["tiny"][1].batch_size
     paper: PriorConfig = PAPER
     paper_batch: int = 2
     drawn: int = 64  # image tokens of the paper's 1,024, at the beginning
