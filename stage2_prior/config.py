@@ -141,8 +141,8 @@ PRESETS: dict[str, tuple[PriorConfig, PriorTraining]] = {
     "tiny": (
         PriorConfig(text_length=20, depth=4, width=128, heads=4, code_channels=64),
         PriorTraining(
-            batch_size=32,
-            steps=3_000,
+            batch_size=16,
+            steps=4_000,
             lr=2e-3,
             lr_end=5e-5,
             warmup=50,
