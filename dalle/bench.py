@@ -60,7 +60,7 @@ class Cases:
     paper_batch: int = 2
     drawn: int = 64  # image tokens of the paper's 1,024, at the beginning
     dvae: DVAEConfig = DVAE_PRESETS["tiny"][0]
-    dvae_batch: int = 16
+    dvae_batch: int = DVAE_PRESETS["tiny"][1].batch_size
     copied: int = 64  # MiB, of the copy that measures memory
 
 

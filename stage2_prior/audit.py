@@ -53,8 +53,7 @@ def audit(folder: Path, codes: Codes, batches: int, data: str | None = None) -> 
     pixels, tokens = (t.to(codes.vectors.device) for t in loader.first(batches * together))
 
     def loss(part: slice) -> torch.Tensor:
-        with torch.no_grad():
-            seen = codes.encode(to_pixels(pixels[part])).flatten(1)
+        seen = codes.encode(to_pixels(pixels[part])).flatten(1)
         text, image = losses(model, tokens[part], seen)
         return training.text_weight * text + (1 - training.text_weight) * image
 

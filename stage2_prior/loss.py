@@ -101,16 +101,16 @@ class _CrossEntropy(torch.autograd.Function):
                 x, target = states[at : at + rows], targets[at : at + rows, None]
                 logits = torch.mm(x, weight.t()).add_(bias)  # addmm would write the bias out first
                 most, chosen = logits.amax(1, keepdim=True), logits.gather(1, target)
-                p = logits.sub_(most).exp_()
-                whole = p.sum(1, keepdim=True)
+                e = logits.sub_(most).exp_()
+                whole = e.sum(1, keepdim=True)
                 total += (most + whole.log() - chosen).sum()
                 if wanted:
                     # The gradient times `whole`, by which the narrow side of each product is divided instead.
-                    p.scatter_add_(1, target, -whole)
-                    wide, share = p.to(product), whole.reciprocal()
+                    e.scatter_add_(1, target, -whole)
+                    wide, share = e.to(product), whole.reciprocal()
                     torch.mul(wide @ rounded, share, out=grads[0][at : at + rows])
                     grads[1] += wide.t() @ (x * share).to(product)
-                    grads[2] += (p.t() @ share)[:, 0]
+                    grads[2] += (e.t() @ share)[:, 0]
         ctx.save_for_backward(*(grads if wanted else ()))
         return total
 

@@ -290,7 +290,6 @@ class Stage2:
         rows = [fit_text(tokenizer.encode(prompt), run.model.text_length - 1)[0] for prompt in prompts]
         self.prompt_tokens = torch.from_numpy(np.stack(rows)).to(self.heldout_tokens.device)
 
-    @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """8-bit pixels to image tokens, `b cells`: the dVAE's most probable codes in raster order.
 

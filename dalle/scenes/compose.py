@@ -47,7 +47,7 @@ _VIVID = tuple(pair for pair in TRAINED_PAIRS if pair[0] not in BACKGROUNDS)
 
 
 def compose(rng: Random, split: Split) -> Scene:
-    """Choose a scene that `split` allows: half of them one object, 30 % two, 20 % two to four equal ones."""
+    """Choose a scene that `split` allows: 50 % one object, 30 % a pair, 20 % two to four equal objects."""
     while True:
         scene = _any(rng, split)
         if is_trained_picture(scene) == (split == "train") and _stands_out(scene):
