@@ -4,12 +4,15 @@ All noise of training is drawn from generators keyed by (seed, position of the s
 repeats the uninterrupted one without any random state in the checkpoint, in any number of processes.
 """
 
+import math
 from typing import TypeAlias
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-Noise: TypeAlias = torch.Generator | np.random.Generator
+Noise: TypeAlias = torch.Generator | np.random.BitGenerator
 
 
 def keyed(device: torch.device, *key: int) -> torch.Generator:
@@ -24,4 +27,20 @@ def noise_of(device: torch.device, *key: int) -> Noise:
     """Of the kind that is fastest for much noise: on CPUs numpy's, which takes half as long."""
     if device.type == "cuda":
         return keyed(device, *key)
-    return np.random.Generator(np.random.SFC64(np.random.SeedSequence(key)))
+    return np.random.SFC64(np.random.SeedSequence(key))
+
+
+def uniform(generator: Noise, out: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
+    """Fill `out` with numbers between 0 and 1, which themselves never come, so that all have a logarithm.
+
+    In pieces of whole rows it gets the same ones.
+    """
+    if isinstance(generator, torch.Generator):
+        return out.uniform_(generator=generator).clamp_(min=2.0**-25)
+    *rows, n = out.shape
+    words = -(-n // 2)  # of 64 bits, for two numbers each
+    bits = torch.from_numpy(generator.random_raw(math.prod(rows) * words).view(np.int32))
+    bits = bits.view(*rows, 2 * words)[..., :n]
+    # 23 random bits behind the sign and exponent of 1 are a number of [1, 2).
+    numbers = bits.bitwise_and_(0x7F_FFFF).bitwise_or_(0x3F80_0000).view(torch.float32)
+    return torch.sub(numbers, 1 - 2.0**-24, out=out)

@@ -11,12 +11,11 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dalle.noise import Noise
+from dalle.noise import Noise, uniform
 from dalle.threads import Threads
 
 # Log-probabilities at a time: what a core's cache holds; enough for a GPU.
@@ -60,17 +59,14 @@ def relax(
     """
     x = torch.empty_like(log_q, memory_format=torch.contiguous_format) if out is None else out
     for row, generator in zip(x, generators, strict=True):
-        if isinstance(generator, torch.Generator):
-            row.uniform_(generator=generator)
-        else:
-            generator.random(dtype=np.float32, out=row.numpy())
-    negative_gumbel = x.clamp_(min=2.0**-25).log_().neg_().log_()
+        uniform(generator, out=row)
+    negative_gumbel = x.log_().neg_().log_()
     return torch.softmax(torch.sub(log_q, negative_gumbel, out=x).div_(tau), -1, out=x)
 
 
 def kl_to_uniform(log_q: Float[Tensor, "*n v"], q: Float[Tensor, "*n v"]) -> Float[Tensor, "*n"]:
     """KL(q ‖ uniform) in nats of normalised probabilities and their logarithms. Between 0 and ln v."""
-    return (q * log_q).sum(-1) + math.log(q.shape[-1])
+    return torch.linalg.vecdot(q, log_q) + math.log(q.shape[-1])
 
 
 class _Posterior(torch.autograd.Function):
