@@ -81,10 +81,15 @@ def networks(model: DVAE, pixels: torch.Tensor) -> Callable[[], None]:
     """Forward and backward of encoder and decoder, nothing between or behind them."""
     precision, device = choose("auto", pixels.device), pixels.device
 
+    parameters = list(model.parameters())
+
+    def of_some(pixels: torch.Tensor) -> torch.Tensor:
+        return model.decoded(model.logits(pixels)).float().mean((1, 2, 3))
+
     def step() -> None:
         with arithmetic(precision, device):
-            model.decoded(model.logits(pixels)).float().mean().backward()
-        for p in model.parameters():
+            model.threads.apply(of_some, pixels, parameters=parameters).mean().backward()
+        for p in parameters:
             p.grad = None
 
     return step

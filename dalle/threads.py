@@ -66,56 +66,62 @@ class Threads:
         finally:
             torch.set_num_threads(threads)  # a part of this number holds for all threads of the process
 
-    def apply(
-        self, work: Callable[..., Tensor], *columns: Tensor, parameters: Sequence[Tensor] = ()
-    ) -> Tensor:
-        """`work(*columns)` by pieces of rows, one below the other.
+    def apply(self, work: Callable[..., Out], *columns: Tensor, parameters: Sequence[Tensor] = ()) -> Out:
+        """`work(*columns)`, a tensor or a tuple of them, by pieces of rows, one below the other.
 
-        Differentiable by the columns and by `parameters`, whatever else `work` depends on. Gradients are
-        added in the order of the pieces, so that the same run gives the same bits.
+        Differentiable by `parameters`, whatever else `work` depends on. Gradients are added in the order of
+        the pieces, so that the same run gives the same bits.
         """
         if self.pool is None or len(columns[0]) == 1:
             return work(*columns)
+        pieces = self.split(*columns)
         if not torch.is_grad_enabled():
-            return torch.cat(self.map(lambda piece: work(*piece), self.split(*columns)))
-        y: Tensor = _Pieces.apply(self, work, len(columns), *columns, *parameters)
-        return y
+            return _joined(self.map(lambda piece: work(*piece), pieces))
+        whole: Out = _Pieces.apply(self, work, pieces, *parameters)
+        return whole
+
+
+def _joined(pieces: Sequence[Any]) -> Any:
+    if isinstance(pieces[0], Tensor):
+        return torch.cat([*pieces])
+    return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+
+
+def _each(y: Any) -> tuple[Tensor, ...]:
+    return (y,) if isinstance(y, Tensor) else y
 
 
 class _Pieces(torch.autograd.Function):
     """One graph a piece, kept from the forward to the backward pass, both of which have a thread a piece."""
 
     @staticmethod
-    def forward(ctx: Any, threads: Threads, work: Any, count: int, *tensors: Tensor) -> Tensor:
-        columns, ctx.parameters = tensors[:count], tensors[count:]
-        ctx.threads, ctx.wanted = threads, [column.requires_grad for column in columns]
-
-        def run(piece: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
-            pairs = zip(piece, ctx.wanted, strict=True)
-            piece = tuple(part.detach().requires_grad_(wanted) for part, wanted in pairs)
-            return piece, work(*piece)
-
+    def forward(
+        ctx: Any, threads: Threads, work: Any, pieces: list[tuple[Tensor, ...]], *parameters: Tensor
+    ) -> Any:
         with torch.enable_grad():
-            ctx.pieces = threads.map(run, threads.split(*columns))
-        return torch.cat([y.detach() for _, y in ctx.pieces])
+            found = threads.map(lambda piece: work(*piece), pieces)
+        whole = _joined(found)
+        ctx.threads, ctx.found, ctx.parameters = threads, [_each(y) for y in found], parameters
+        idle = [y for y, part in zip(_each(whole), ctx.found[0], strict=True) if not part.requires_grad]
+        ctx.mark_non_differentiable(*idle)
+        ctx.set_materialize_grads(False)
+        return whole
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        def run(
-            part: tuple[tuple[tuple[Tensor, ...], Tensor], Tensor],
-        ) -> tuple[list[Tensor], list[Tensor | None]]:
-            (piece, y), grad = part
-            columns = [column for column in piece if column.requires_grad]
-            found = torch.autograd.grad(y, [*columns, *ctx.parameters], grad, allow_unused=True)
-            zeros = [torch.zeros_like(c) if g is None else g for c, g in zip(columns, found, strict=False)]
-            return zeros, list(found[len(columns) :])
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        def run(piece: tuple[list[Tensor], list[Tensor]]) -> list[Tensor | None]:
+            return list(torch.autograd.grad(piece[0], ctx.parameters, piece[1], allow_unused=True))
 
-        lengths = [len(y) for _, y in ctx.pieces]
-        parts = ctx.threads.map(run, list(zip(ctx.pieces, grads[0].split(lengths), strict=True)))
-        del ctx.pieces
-        (_, total), *others = parts
+        pieces: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in ctx.found]
+        for grad, parts in zip(grads, zip(*ctx.found, strict=True), strict=True):
+            if grad is not None:
+                slopes = grad.split([len(part) for part in parts])
+                for (y, of_y), part, slope in zip(pieces, parts, slopes, strict=True):
+                    y.append(part)
+                    of_y.append(slope)
+        total, *others = ctx.threads.map(run, pieces)
+        del ctx.found
         used = [i for i, g in enumerate(total) if g is not None]
-        for _, other in others:
+        for other in others:
             torch._foreach_add_([total[i] for i in used], [other[i] for i in used])
-        columns = iter([torch.cat(pieces) for pieces in zip(*(columns for columns, _ in parts), strict=True)])
-        return None, None, None, *(next(columns) if wanted else None for wanted in ctx.wanted), *total
+        return None, None, None, *total

@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle.noise import Noise
 from stage1_dvae.likelihood import log_likelihood
-from stage1_dvae.model import DVAE
+from stage1_dvae.model import DVAE, most_probable
 from stage1_dvae.posterior import posterior
 
 
@@ -54,7 +55,7 @@ def elbo(
     tau: float,
     generators: Sequence[Noise],
     mean_posterior: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Elbo, Float[Tensor, "b grid grid v"], Float[Tensor, "b 6 h w"]]:
+) -> tuple[Elbo, Int[Tensor, "b grid grid"], Float[Tensor, "b 6 h w"]]:
     """One relaxed sample of the bound.
 
     Args:
@@ -64,15 +65,22 @@ def elbo(
             a part of one; its gradient is taken to be the part's, so that the mean over the parts is right.
 
     Returns:
-        Its terms, the posterior's log-probabilities, and the decoder's output for the relaxed codes.
+        Its terms, the most probable codes, and the decoder's output for the relaxed ones.
     """
-    logits = model.logits(pixels).float().permute(0, 2, 3, 1)  # the codes last: softmax runs along memory
-    q = posterior(logits.flatten(1, 2), tau, generators, model.threads)
-    decoded = model.decoded(q.relaxed.view_as(logits).permute(0, 3, 1, 2)).float()
-    nll = -log_likelihood(pixels, decoded, model.config.pixel_std).mean()
-    mean_q = q.mean
+
+    def of_some(pixels: Tensor, places: Tensor) -> tuple[Tensor, ...]:
+        logits = model.logits(pixels).float().permute(0, 2, 3, 1)  # codes last: softmax runs along memory
+        q = posterior(logits.flatten(1, 2), tau, [generators[place] for place in places])
+        decoded = model.decoded(q.relaxed.view_as(logits).permute(0, 3, 1, 2)).float()
+        nll = -log_likelihood(pixels, decoded, model.config.pixel_std).mean((1, 2, 3))
+        return nll, q.kl.mean(1), q.mean, most_probable(q.log_q.view_as(logits)), decoded.detach()
+
+    nll, kl, mean, codes, decoded = model.threads.apply(
+        of_some, pixels, torch.arange(len(pixels)), parameters=list(model.parameters())
+    )
+    mean_q = mean.mean(0)
     if mean_posterior is not None:
         mean_q = mean_q + (mean_posterior(mean_q.detach()) - mean_q.detach())
     usage = (mean_q * (mean_q + 1e-12).log()).sum() + math.log(len(mean_q))
-    terms = Elbo(nll, q.kl.mean(), usage, positions=q.kl[0].numel(), subpixels=pixels[0].numel())
-    return terms, q.log_q.view_as(logits), decoded
+    subpixels = pixels[0].numel()
+    return Elbo(nll.mean(), kl.mean(), usage, codes[0].numel(), subpixels), codes, decoded

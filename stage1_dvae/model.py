@@ -201,11 +201,11 @@ class DVAE(nn.Module):
         Raises:
             ValueError: pixels of another shape or type.
         """
-        return self._in_pieces(self.encoder, self._mapped(pixels))
+        return self.encoder(self._mapped(pixels))
 
     def decoded(self, codes: Float[Tensor, "b v grid grid"]) -> Float[Tensor, "b 6 h w"]:
         """The decoder's output for relaxed codes."""
-        return self._in_pieces(self.decoder, codes)
+        return self.decoder(codes)
 
     def recompute(self) -> None:
         """Train with less memory and a third more time: no resblock keeps what it computes inside."""
@@ -221,9 +221,6 @@ class DVAE(nn.Module):
                 f"got {pixels.dtype} of shape {tuple(pixels.shape)}"
             )
         return map_pixels(pixels)
-
-    def _in_pieces(self, part: nn.Module, x: Tensor) -> Tensor:
-        return self.threads.apply(part, x, parameters=list(part.parameters()))
 
     def codebook(self) -> Float[Tensor, "v c"]:
         """The decoder's vector for every code: rows of its first layer."""
@@ -242,10 +239,10 @@ class DVAE(nn.Module):
             ValueError: pixels of another shape or type.
         """
 
-        def of_some(mapped: Tensor) -> Tensor:
-            return most_probable(self.encoder(mapped).permute(0, 2, 3, 1))
+        def of_some(pixels: Tensor) -> Tensor:
+            return most_probable(self.logits(pixels).permute(0, 2, 3, 1))
 
-        return self.threads.apply(of_some, self._mapped(pixels))
+        return self.threads.apply(of_some, pixels)
 
     def decode(self, codes: Int[Tensor, "b grid grid"]) -> Float[Tensor, "b 3 h w"]:
         """The picture for given codes, pixels in [0, 1].

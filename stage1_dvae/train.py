@@ -30,7 +30,7 @@ from stage1_dvae.codebook import ALARM, CodebookWindow
 from stage1_dvae.config import PRESETS, DVAETraining
 from stage1_dvae.likelihood import log_likelihood, reconstruction
 from stage1_dvae.loss import elbo
-from stage1_dvae.model import DVAE, matrix_flops, most_probable
+from stage1_dvae.model import DVAE, matrix_flops
 from stage1_dvae.start import pictures_needed, start_from_patches
 
 EVALUATION = 1 << 40  # keys the noise of evaluations apart from that of any step
@@ -156,8 +156,10 @@ class Stage1:
 
     @torch.no_grad()
     def _mean_of(self, pixels: Tensor) -> Tensor:
-        logits = self.model.logits(to_pixels(pixels)).float()
-        return logits.softmax(1).mean((0, 2, 3))
+        def of_some(pixels: Tensor) -> Tensor:
+            return self.model.logits(pixels).float().softmax(1).mean((2, 3))
+
+        return self.model.threads.apply(of_some, to_pixels(pixels)).mean(0)
 
     def _over_processes(self, mean: Tensor) -> Tensor:
         return (topology().sum(mean) / topology().world).to(mean.device)
@@ -170,11 +172,11 @@ class Stage1:
         noise = [noise_of(self.heldout.device, self.config.seed, position) for position in positions]
         tau, beta = self.tau(step), self.beta(step)
         in_parts = self.config.usage_weight and (self.posterior is not None or topology().world > 1)
-        terms, log_q, _ = elbo(
+        terms, codes, _ = elbo(
             self.model, to_pixels(batch[0]), tau=tau, generators=noise,
             mean_posterior=self._mean_posterior if in_parts else None,
         )  # fmt: skip
-        self.window.add(most_probable(log_q))
+        self.window.add(codes)
         counted = {name: torch.tensor(value) for name, value in self.window.metrics().items()}
         schedule = {"tau": torch.tensor(tau), "beta": torch.tensor(beta)}
         return terms.loss(beta, self.config.usage_weight), {**terms.metrics(), **counted, **schedule}
@@ -195,8 +197,7 @@ class Stage1:
             pixels = to_pixels(self.heldout[start : start + at_once])
             places = range(start, start + len(pixels))
             noise = [noise_of(pixels.device, self.config.seed, EVALUATION, place) for place in places]
-            terms, log_q, relaxed = elbo(self.model, pixels, tau=self.tau(step), generators=noise)
-            codes = most_probable(log_q)
+            terms, codes, relaxed = elbo(self.model, pixels, tau=self.tau(step), generators=noise)
             hard = self.model.decoder.look_up(codes).float()
             hard_nll = -log_likelihood(pixels, hard, self.run.model.pixel_std).mean()
             window.add(codes)

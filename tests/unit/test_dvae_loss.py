@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from dalle.threads import Threads
 from stage1_dvae import posterior as module
 from stage1_dvae.config import DVAEConfig
 from stage1_dvae.likelihood import log_density, map_pixels
@@ -66,11 +67,11 @@ def test_a_batchs_loss_is_the_mean_of_its_pictures(model):
 def test_the_loss_is_the_papers_formula(model, tau):
     """(−Σ ln f + β Σ KL) / subpixels, the KL of the raw logits whatever tau."""
     pixels = pictures(3)
-    terms, log_q, decoded = elbo(model, pixels, tau=tau, generators=[seeded()] * len(pixels))
+    terms, codes, decoded = elbo(model, pixels, tau=tau, generators=[seeded()] * len(pixels))
     nll = -log_density(map_pixels(pixels), decoded[:, :3], decoded[:, 3:]).sum()
     q = model.logits(pixels).softmax(1)
     kl = (q * (q.log() + math.log(11))).sum()
-    torch.testing.assert_close(log_q.exp(), q.permute(0, 2, 3, 1))
+    assert torch.equal(codes, q.argmax(1))
     torch.testing.assert_close(terms.loss(BETA), (nll + BETA * kl) / (3 * 3 * 20 * 20), rtol=1e-5, atol=1e-6)
 
 
@@ -103,6 +104,21 @@ def test_usage_is_0_when_all_codes_share_the_work_though_each_posterior_is_certa
     terms, *_ = elbo(model, pictures(11), tau=1.0, generators=[seeded()] * 11)
     assert terms.usage.item() == pytest.approx(0, abs=1e-5)
     assert terms.kl.item() == pytest.approx(math.log(11), rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_threads_that_share_the_pictures_change_nothing(model, count, monkeypatch):
+    def passed(threads):
+        monkeypatch.setattr(model, "threads", threads)
+        model.zero_grad()
+        terms, codes, decoded = elbo(model, pictures(5), tau=0.7, generators=[seeded(i) for i in range(5)])
+        terms.loss(BETA, 2.0).backward()
+        gradients = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        return [terms.nll, terms.kl, terms.usage, codes, decoded, *gradients]
+
+    for ours, theirs in zip(passed(Threads(count)), passed(Threads(1)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)  # fp32, other orders of summation
 
 
 def test_noise_is_the_generators_alone(model):

@@ -9,28 +9,36 @@ from dalle.threads import Threads
 
 
 def work(weight):
-    def rows(x, y, unused):
-        return (x @ weight).square() + (y * weight[0]).sum(1, keepdim=True)
+    def rows(x, y):
+        square = (x @ weight).square()
+        return square + (y * weight[0]).sum(1, keepdim=True), square[:, 0], y.argmax(1), square.detach()
 
     return rows
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 6])
-def test_pieces_come_to_the_whole_with_all_its_gradients(rows):
+@pytest.mark.parametrize("asked", [(0,), (1,), (0, 1)])
+def test_pieces_come_to_the_whole_with_all_its_gradients(rows, asked):
     weight, idle = torch.randn(3, 4, requires_grad=True), torch.randn(2, requires_grad=True)
-    x, y, unused = (
-        torch.randn(rows, n, requires_grad=grad) for n, grad in ((3, True), (4, False), (2, True))
-    )
-    expected, slope = work(weight)(x, y, unused), torch.randn(rows, 4)
-    wanted = torch.autograd.grad(expected, (x, weight), slope)
-    total = Threads(3).apply(work(weight), x, y, unused, parameters=[weight, idle])
-    torch.testing.assert_close(total, expected)
-    found = torch.autograd.grad(total, (x, weight, idle, unused), slope, allow_unused=True)
-    torch.testing.assert_close(found[:2], wanted)
-    assert found[2] is None
-    assert found[3] is None or not found[3].any()
+    x, y = torch.randn(rows, 3), torch.randn(rows, 4)
+    expected = work(weight)(x, y)
+    slopes = [torch.randn_like(expected[i]) for i in asked]
+    total = Threads(3).apply(work(weight), x, y, parameters=[weight, idle])
+    for ours, theirs in zip(total, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert ours.requires_grad == theirs.requires_grad
+    found, unused = torch.autograd.grad([total[i] for i in asked], [weight, idle], slopes, allow_unused=True)
+    torch.testing.assert_close(found, torch.autograd.grad([expected[i] for i in asked], weight, slopes)[0])
+    assert unused is None
     with torch.no_grad():
-        assert not Threads(3).apply(work(weight), x, y, unused, parameters=[weight, idle]).requires_grad
+        assert not any(y.requires_grad for y in Threads(3).apply(work(weight), x, y, parameters=[weight]))
+
+
+def test_a_single_result_is_no_tuple():
+    weight, x = torch.randn(3, requires_grad=True), torch.randn(5, 3)
+    total = Threads(2).apply(lambda rows: rows * weight, x, parameters=[weight])
+    torch.testing.assert_close(total, x * weight)
+    torch.testing.assert_close(torch.autograd.grad(total.sum(), weight)[0], x.sum(0))
 
 
 def test_every_piece_has_a_thread_of_one_core_and_the_callers_modes():
