@@ -93,9 +93,9 @@ class _CrossEntropy(torch.autograd.Function):
         product: torch.dtype,
     ) -> Tensor:
         total, wanted = states.new_zeros(()), any(ctx.needs_input_grad)
+        of_states, of_weight, of_bias = torch.empty_like(states), None, torch.zeros_like(bias)
         if wanted:
             rounded = weight.to(product)
-            grads = [torch.empty_like(states), torch.zeros_like(weight), torch.zeros_like(bias)]
         with as_they_are(states.device):
             for at in range(0, len(states), rows):
                 x, target = states[at : at + rows], targets[at : at + rows, None]
@@ -108,10 +108,13 @@ class _CrossEntropy(torch.autograd.Function):
                     # The gradient times `whole`, by which the narrow side of each product is divided instead.
                     e.scatter_add_(1, target, -whole)
                     wide, share = e.to(product), whole.reciprocal()
-                    torch.mul(wide @ rounded, share, out=grads[0][at : at + rows])
-                    grads[1] += wide.t() @ (x * share).to(product)
-                    grads[2] += (e.t() @ share)[:, 0]
-        ctx.save_for_backward(*(grads if wanted else ()))
+                    torch.mul(wide @ rounded, share, out=of_states[at : at + rows])
+                    part = wide.t() @ (x * share).to(product)
+                    of_weight = part.float() if of_weight is None else of_weight.add_(part)
+                    of_bias += (e.t() @ share)[:, 0]
+        if wanted:
+            of_weight = torch.zeros_like(weight) if of_weight is None else of_weight
+            ctx.save_for_backward(of_states, of_weight, of_bias)
         return total
 
     @staticmethod
