@@ -85,7 +85,7 @@ class _Posterior(torch.autograd.Function):
         log_q, relaxed = ctx.saved_tensors
         (pictures, n, v), grad = log_q.shape, torch.empty_like(log_q)
         _, of_relaxed, of_kl, of_mean = grads
-        through_softmax = torch.ops.aten._softmax_backward_data  # p, dp -> p (dp - Σ p dp)
+        through_softmax = torch.ops.aten._softmax_backward_data  # dp, p -> p (dp - Σ p dp)
         of_kl = log_q.new_zeros(pictures, n) if of_kl is None else of_kl
         of_mean = log_q.new_zeros(pictures, v) if of_mean is None else of_mean / n
         for some, rows in _pieces(log_q):

@@ -165,25 +165,25 @@ class _BlockAttention(torch.autograd.Function):
                 share = torch.softmax(scores, -1)
                 y[:, tile.queries] = torch.bmm(share, _seen(v, tile))
                 shares.append(share)
-        ctx.save_for_backward(x, y, *shares)
+        ctx.save_for_backward(x, *shares)
         ctx.heads, ctx.layout = heads, layout
         return rearrange(layout.sort(y.unflatten(0, (-1, heads))), "b h t d -> b t (h d)")
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        x, y, *shares = ctx.saved_tensors
+        x, *shares = ctx.saved_tensors
         heads, layout = ctx.heads, ctx.layout
         dy = layout.sort(rearrange(dy, "b t (h d) -> b h t d", h=heads)).flatten(0, 1)
         (q, k, v), dx = x, torch.empty_like(x)
         wide = torch.promote_types(x.dtype, torch.float32)  # for sums of many tiles
         dq, (dk, dv) = dx[0], torch.zeros_like(x[1:], dtype=wide)
-        # Through a softmax: share · (dshare − Σ share · dshare), that sum being dy · y; of scaled scores.
         scaled = dy * q.shape[-1] ** -0.5
-        sums = torch.linalg.vecdot(scaled, y)[..., None]
+        through_softmax = torch.ops.aten._softmax_backward_data  # dp, p -> p (dp - Σ p dp)
         with as_they_are(dy.device):
             for tile, share in zip(layout.tiles, shares, strict=True):
                 here = tile.queries
-                dscores = torch.bmm(scaled[:, here], _seen(v, tile).mT).sub_(sums[:, here]).mul_(share)
+                dshare = torch.bmm(scaled[:, here], _seen(v, tile).mT)
+                dscores = through_softmax(dshare, share, -1, share.dtype)
                 dq[:, here] = torch.bmm(dscores, _seen(k, tile))
                 for total, left, right in ((dk, dscores, q[:, here]), (dv, share, dy[:, here])):
                     part = torch.bmm(left.mT, right)
