@@ -2,7 +2,7 @@
 
     python benchmarks/peers.py setup peers          # an environment of its own for the others, from pip
     python benchmarks/peers.py run peers            # training steps, in turn in one process; a table and JSON
-    python benchmarks/peers.py draw peers           # drawing beside DALLE-pytorch's default
+    python benchmarks/peers.py draw peers           # drawing beside DALLE-pytorch, with and without its cache
 
 All models have the same depth, width and heads, see as many tokens of as many kinds, start from random
 weights and make whole updates: forward, backward, AdamW. Each is measured as its users run it, and with what
@@ -20,6 +20,7 @@ import types
 import venv
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -127,8 +128,12 @@ def dalle_pytorch(shape: tuple[int, ...], precision: str, *, fused: bool) -> Cal
     return _step(model, lambda: model(tokens, picture, return_loss=True), precision, fused)
 
 
-def _dalle_pytorch_model(shape: tuple[int, ...]) -> Any:
-    """Rows, columns and convolution, as in its README; its dVAE is never run."""
+def _dalle_pytorch_model(shape: tuple[int, ...], *, cached: bool = False) -> Any:
+    """Rows, columns and convolution, as in its README; its dVAE is never run.
+
+    With `cached` for drawing with a cache: a row for the convolution, which knows none, and masks instead of
+    its own sparse attention.
+    """
     from dalle_pytorch import DALLE, DiscreteVAE
 
     text, words, codes, grid, depth, width, heads, _ = shape
@@ -136,7 +141,8 @@ def _dalle_pytorch_model(shape: tuple[int, ...]) -> Any:
     kinds = [("axial_row", "axial_col", "axial_row", "axial_row")[i % 4] for i in range(depth - 1)]
     return DALLE(
         dim=width, vae=vae, num_text_tokens=words, text_seq_len=text, depth=depth, heads=heads,
-        dim_head=width // heads, attn_types=(*kinds, "conv_like"),
+        dim_head=width // heads, attn_types=(*kinds, "axial_row" if cached else "conv_like"),
+        optimize_for_inference=cached,
     )  # fmt: skip
 
 
@@ -247,10 +253,12 @@ def run(folder: Path, names: list[str], others: list[str], rounds: int, out: Pat
 
 
 def draw(folder: Path, rounds: int) -> None:
-    """Time a token of one picture at the paper's geometry, ours and DALLE-pytorch's as its users draw.
+    """Time a token of one picture at the paper's geometry, ours and DALLE-pytorch's.
 
-    Its default passes the whole sequence through the model for every token. So it is timed at the first, the
-    middle and the last image token, between which its cost grows steadily.
+    As its users draw, it passes the whole sequence through the model for every token. It has a cache, which
+    its own function for drawing never hands on, so that is called without it, in a model of layers that know
+    it. Both are timed at the first, the middle and the last image token, between which their cost grows
+    steadily.
     """
     borrow(folder)
     import torch
@@ -263,40 +271,53 @@ def draw(folder: Path, rounds: int) -> None:
 
     shape = SHAPES["paper"]
     text, words, codes, grid, *_ = shape
-    cells = grid**2
-    theirs, precision = _dalle_pytorch_model(shape).eval(), choose("auto", torch.device("cpu"))
+    cells, precision = grid**2, choose("auto", torch.device("cpu"))
+    default, mended = (_dalle_pytorch_model(shape, cached=cached).eval() for cached in (False, True))
     tokens, picture = torch.randint(1, words, (1, text)), torch.randint(codes, (1, cells))
-    places = (0, cells // 2, cells - 1)
-    taken: dict[int, list[float]] = {place: [] for place in places}
+    places = (0, cells // 2, cells - 2)
+    theirs: dict[str, dict[int, Callable[[], object]]] = {
+        "as its users draw": {place: partial(default, tokens, picture[:, :place]) for place in places},
+        "with its cache mended": {},
+    }
     ours: dict[str, list[float]] = {}
     with torch.inference_mode():
+        for place in places:
+            cache: dict[str, Any] = {}
+            mended(tokens, picture[:, :place], cache=cache)
+            theirs["with its cache mended"][place] = lambda place=place, cache=cache: mended(
+                tokens, picture[:, : place + 1], cache=cache.copy()
+            )
         prior = Prior(_config(shape)).eval()
         streams = {}
         for weights in ("auto", "int8", "int4"):
             decoder = Decoder(prior, 1, weights, precision)  # type: ignore[arg-type]
             seen, uniform = read(decoder, tokens[:, 1:], Sampling()), noise(0, range(1), cells)
-            name = f"dalle, {decoder.weights}"
+            name = f"dalle, {decoder.form.weights}"
             streams[name], ours[name] = draw_codes(decoder, seen, uniform, Sampling()), []
+        taken: dict[str, dict[int, list[float]]] = {form: {place: [] for place in places} for form in theirs}
         for turn in range(1 + rounds):  # the first one warms up
-            for place in places:
-                start = time.perf_counter()
-                theirs(tokens, picture[:, :place])
-                if turn:
-                    taken[place].append(time.perf_counter() - start)
+            for form, at in theirs.items():
+                for place, token in at.items():
+                    for _ in range(1 if form == "as its users draw" else 16):
+                        start = time.perf_counter()
+                        token()
+                        if turn:
+                            taken[form][place].append(time.perf_counter() - start)
             for name, stream in streams.items():
                 for _ in range(16):
                     start = time.perf_counter()
                     next(stream)
                     if turn:
                         ours[name].append(time.perf_counter() - start)
-    first, middle, last = (median(taken[place]) for place in places)
-    token = (first + 2 * middle + last) / 4
-    print(
-        f"DALLE-pytorch 1.6.6, fp32, as its users draw: {1e3 * first:,.0f} to {1e3 * last:,.0f} ms per token"
-    )
+    each = {}
+    for form, at_places in taken.items():
+        first, middle, last = (median(at_places[place]) for place in places)
+        each[form] = (first + 2 * middle + last) / 4
+        print(f"DALLE-pytorch 1.6.6, fp32, {form}: {1e3 * first:,.1f} to {1e3 * last:,.1f} ms per token")
     for name, samples in ours.items():
-        each = median(samples)
-        print(f"{name}: {1e3 * each:.1f} ms per token, {token / each:.0f} × as fast")
+        took = median(samples)
+        faster = " and ".join(f"{token / took:.1f}" for token in each.values())
+        print(f"{name}: {1e3 * took:.1f} ms per token, {faster} × as fast")
 
 
 if __name__ == "__main__":

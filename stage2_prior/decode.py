@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from stage2_prior.linear import Fast, Weights, fastest, first_or_faster, resolve
 from stage2_prior.masks import Kind, visible
 from stage2_prior.model import Layer, Prior
 
-TRIES = 4  # steps with each number of threads; the best one counts
+TRIES = 4  # steps with each form and number of threads; the best one counts
 Text = list[Float[Tensor, "two p h text d"]]  # keys and values of every layer
 
 
@@ -95,6 +96,15 @@ class State:
         return sum(cache.bytes for cache in self.caches)
 
 
+class Form(NamedTuple):
+    """How a decoder computes."""
+
+    weights: Weights
+    layers: list[tuple[Fast, ...]]  # of each: queries, keys and values; their output; up; down
+    head: Fast
+    dtype: torch.dtype  # of keys, values and attention
+
+
 class Decoder:
     """A prior ready to draw. Its parameters are read here: once they change, make another one.
 
@@ -121,14 +131,9 @@ class Decoder:
             for layer in self.layers
             for linear in (layer.attention.qkv, layer.attention.out, layer.mlp.up, layer.mlp.down)
         ]
-        asked = resolve(weights, "bf16" if precision == "bf16" else "fp32", [*linears, model.image_head])
         with fp32_products("ieee"):
-            forms = [self._forms(linears, each) for each in asked]
-        best = first_or_faster([seconds for *_, seconds in forms])
-        self.weights: Weights = asked[best]
-        self.fast, self.head, _ = forms[best]
-        in_bf16 = self.weights == "bf16" or (self.weights in ("int8", "int4") and precision == "bf16")
-        self.dtype = torch.bfloat16 if in_bf16 else torch.float32  # of keys, values and attention
+            asked = resolve(weights, "bf16" if precision == "bf16" else "fp32", [*linears, model.image_head])
+            forms = [self._form(linears, each, precision) for each in asked]
         # The start of the image is one more code, so that the first slot is like the others.
         self.codes = torch.cat([model.image_tokens.weight, model.start_of_image[None]])
         self.places = (model.rows.weight[:, None] + model.columns.weight[None]).flatten(0, 1)
@@ -136,35 +141,41 @@ class Decoder:
             kind: Window.of(kind, c.grid, c.kernel, self.device)
             for kind in dict.fromkeys(layer.attention.kind for layer in self.layers)
         }
-        self.threads = self._fastest_threads()
+        self.form, self.threads = self._fastest(forms)
 
-    def _forms(
-        self, linears: Sequence[nn.Linear], weights: Weights
-    ) -> tuple[list[tuple[Fast, ...]], Fast, float]:
-        """The layers' products, the head's, and the seconds that all of them take."""
+    def _form(self, linears: Sequence[nn.Linear], weights: Weights, precision: str) -> Form:
         # Logits are fp32 whatever the rest runs in (paper, App. D), but for those of int4.
         of_head: dict[Weights, Weights] = {"bf16": "fp32", "int8": "fp16"}
-        kept = [fastest(linears[i::4], weights, self.rows) for i in range(4)]
-        (head,), of_it = fastest([self.model.image_head], of_head.get(weights, weights), self.rows)
-        layers = list(zip(*(products for products, _ in kept), strict=True))
-        return layers, head, of_it + sum(seconds for _, seconds in kept)
+        products = [fastest(linears[i::4], weights, self.rows) for i in range(4)]
+        (head,) = fastest([self.model.image_head], of_head.get(weights, weights), self.rows)
+        in_bf16 = weights == "bf16" or (weights in ("int8", "int4") and precision == "bf16")
+        dtype = torch.bfloat16 if in_bf16 else torch.float32
+        return Form(weights, list(zip(*products, strict=True)), head, dtype)
 
-    def _fastest_threads(self) -> int:
-        """With how many a step takes least, tried: to wake a second one takes longer than small products."""
+    def _fastest(self, forms: Sequence[Form]) -> tuple[Form, int]:
+        """The form, and the number of threads, with which a step takes least.
+
+        They are tried: to wake a second thread takes longer than small products, and what weights cost in a
+        product is not all that they cost.
+        """
         most = torch.get_num_threads()
-        if self.device.type != "cpu" or most == 1:
-            return most
+        counts = dict.fromkeys([most, 1] if self.device.type == "cpu" else [most])
+        candidates = [(form, count) for form in forms for count in counts]
+        if len(candidates) == 1:
+            return candidates[0]
+        slot, codes = torch.zeros(1, dtype=torch.long), torch.full((self.rows,), self.start)
         nothing = torch.full((1, self.config.text_length - 1), NO_TOKEN)
-        state, slot = self.state(self.read(nothing), self.rows), torch.zeros(1, dtype=torch.long)
-        codes = torch.full((self.rows,), self.start)
-        seconds = {most: math.inf, 1: math.inf}  # at a tie, the user's own number
+        states = {}
+        for self.form in forms:
+            states[self.form.weights] = self.state(self.read(nothing), self.rows)
+        seconds = [math.inf] * len(candidates)
         for _ in range(TRIES):
-            for count in seconds:
+            for i, (self.form, count) in enumerate(candidates):
                 with using(count):
                     began = time.perf_counter()
-                    self.step(codes, state, slot)
-                    seconds[count] = min(seconds[count], time.perf_counter() - began)
-        return min(seconds, key=seconds.__getitem__)
+                    self.step(codes, states[self.form.weights], slot)
+                    seconds[i] = min(seconds[i], time.perf_counter() - began)
+        return candidates[first_or_faster(seconds)]
 
     @property
     def start(self) -> int:
@@ -175,12 +186,13 @@ class Decoder:
     def read(self, tokens: Int[Tensor, "p words"]) -> Text:
         """Keys and values of p prompts in every layer."""
         text: Text = []
-        rounded = self.dtype == torch.bfloat16
+        dtype = self.form.dtype
+        rounded = dtype == torch.bfloat16
         cast = torch.autocast(self.device.type, torch.bfloat16, enabled=rounded)
         with opened(self.model), cast, fp32_products("ieee"):
             x = self.model.embed_text(tokens)
             for layer in self.layers:
-                qkv = layer.attention.qkv(layer.attention_norm(x)).to(self.dtype)
+                qkv = layer.attention.qkv(layer.attention_norm(x)).to(dtype)
                 qkv = rearrange(qkv, "p t (three h d) -> three p h t d", three=3, h=self.config.heads)
                 text.append(qkv[1:].clone())  # without the queries' memory
                 if len(text) == len(self.layers):
@@ -207,7 +219,7 @@ class Decoder:
         masks = {}
         for kind, window in self.windows.items():
             seen = window.bias.shape[1]
-            mask = torch.full((pictures, t + pictures * seen), -torch.inf, dtype=self.dtype)
+            mask = torch.full((pictures, t + pictures * seen), -torch.inf, dtype=self.form.dtype)
             mask[:, :t] = 0
             masks[kind] = mask.to(self.device)
         return State(caches, masks)
@@ -224,7 +236,7 @@ class Decoder:
         with as_they_are(self.device), fp32_products("ieee"):
             read = {kind: self._open(kind, state.masks[kind], slot) for kind in self.windows}
             x = self.codes.index_select(0, codes) + self.places.index_select(0, slot)
-            for layer, fast, cache in zip(self.layers, self.fast, state.caches, strict=True):
+            for layer, fast, cache in zip(self.layers, self.form.layers, state.caches, strict=True):
                 qkv, out, up, down = fast
                 norm = layer.attention_norm
                 y = qkv(F.layer_norm(x, width, norm.weight, norm.bias))
@@ -233,7 +245,9 @@ class Decoder:
                 norm = layer.mlp_norm
                 y = up(F.layer_norm(x, width, norm.weight, norm.bias))
                 x = x + down(torch.mul(y, 1.702).sigmoid_().mul_(y))
-            return self.head(F.layer_norm(x, width, self.model.norm.weight, self.model.norm.bias)).float()
+            return self.form.head(
+                F.layer_norm(x, width, self.model.norm.weight, self.model.norm.bias)
+            ).float()
 
     def _open(self, kind: Kind, mask: Tensor, slot: Tensor) -> tuple[Tensor, Tensor | None]:
         """Let the mask show what this slot sees; where the slot is written, and what is read of the ring."""
@@ -248,7 +262,7 @@ class Decoder:
         self, qkv: Tensor, cache: Cache, mask: Tensor, place: Tensor, places: Tensor | None
     ) -> Float[Tensor, "b w"]:
         _, _, p, n, h, d = cache.ring.shape
-        qkv = qkv.to(self.dtype).view(p, n, 3, h, d).permute(2, 0, 1, 3, 4)
+        qkv = qkv.to(self.form.dtype).view(p, n, 3, h, d).permute(2, 0, 1, 3, 4)
         cache.ring.index_copy_(0, place, qkv[None, 1:])
         if places is not None:
             cache.windows.copy_(cache.ring.index_select(0, places))

@@ -51,8 +51,8 @@ def resolve(
     return [exact, "bf16"] if precision == "bf16" else [exact]
 
 
-def fastest(linears: Sequence[nn.Linear], weights: Weights, rows: int) -> tuple[list[Fast], float]:
-    """Linear layers of one shape in the form that is fastest for so many rows, and the seconds it takes.
+def fastest(linears: Sequence[nn.Linear], weights: Weights, rows: int) -> list[Fast]:
+    """Linear layers of one shape in the form that is fastest for so many rows.
 
     They are tried one after another, as drawing does it: what fits into a cache then does so here.
     """
@@ -63,6 +63,8 @@ def fastest(linears: Sequence[nn.Linear], weights: Weights, rows: int) -> tuple[
             candidate = [form(x.weight.detach().float(), x.bias.detach(), rows) for x in linears]
             candidate[0](torch.zeros(rows, linears[0].in_features, device=device))
             candidates.append(candidate)
+    if len(candidates) == 1:
+        return candidates[0]
     x = torch.zeros(rows, linears[0].in_features, device=device)
     seconds = [float("inf")] * len(candidates)
     for _ in range(ROUNDS):
@@ -71,8 +73,7 @@ def fastest(linears: Sequence[nn.Linear], weights: Weights, rows: int) -> tuple[
             for linear in candidate:
                 linear(x)
             seconds[i] = min(seconds[i], time.perf_counter() - began)
-    best = first_or_faster(seconds)
-    return candidates[best], seconds[best]
+    return candidates[first_or_faster(seconds)]
 
 
 def first_or_faster(seconds: Sequence[float]) -> int:
