@@ -292,7 +292,7 @@ def draw(folder: Path, rounds: int) -> None:
         for weights in ("auto", "int8", "int4"):
             decoder = Decoder(prior, 1, weights, precision)  # type: ignore[arg-type]
             seen, uniform = read(decoder, tokens[:, 1:], Sampling()), noise(0, range(1), cells)
-            name = f"dalle, {decoder.form.weights}"
+            name = f"dalle, {decoder.weights}"
             streams[name], ours[name] = draw_codes(decoder, seen, uniform, Sampling()), []
         taken: dict[str, dict[int, list[float]]] = {form: {place: [] for place in places} for form in theirs}
         for turn in range(1 + rounds):  # the first one warms up

@@ -233,7 +233,7 @@ def _drawing(cases: Cases, device: torch.device, precision: Arithmetic, rate: fl
     took = median(times[1:])
     inside = sum(p.numel() for p in model.layers.parameters()) + model.image_head.weight.numel()
     share = 4 * inside / (rate * 1e9) / took
-    what = f"drawing, {_cells(cases.paper)}, width {cases.paper.width}, one picture ({decoder.form.weights})"
+    what = f"drawing, {_cells(cases.paper)}, width {cases.paper.width}, one picture ({decoder.weights})"
     return [*rows, Row(what, 1 / took, "image tokens/s", share, "weights streamed in fp32")]
 
 

@@ -76,8 +76,8 @@ class TextToImage:
         Args:
             device: where to draw; by default CUDA where there is one.
             precision: of the matrix products; by default what the device is faster in.
-            weights: how the prior's are kept while it draws, see `stage2_prior.linear`; by default the
-                fastest form that keeps `precision`.
+            weights: how the prior's are kept while it draws, see `stage2_prior.linear`; by default as they
+                are on a CPU, in `precision` on a GPU.
             at_once: pictures drawn side by side. However many are asked for, memory is needed for so many.
 
         Raises:
@@ -156,7 +156,8 @@ class TextToImage:
     ) -> Iterator[Image]:
         """Draw `n` pictures for every prompt, in the order of the prompts, and give each when it is finished.
 
-        The same (prompt, seed) gives the same pictures, whatever n is and whatever is drawn beside them.
+        The same (prompt, seed) gives the same pictures, whatever n is and whatever is drawn beside them; with
+        weights or inputs in bf16 or less, whose sums depend on n, some pictures in a hundred are others.
 
         Args:
             seed: decides the noise; one for all prompts, or one for each.

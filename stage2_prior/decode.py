@@ -9,26 +9,24 @@ Slots are tensors, nothing branches on them: on a GPU a step can be recorded onc
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dalle.boundary import opened
 from dalle.precision import as_they_are, fp32_products
 from dalle.text import NO_TOKEN
 from dalle.threads import using
-from stage2_prior.linear import Fast, Weights, fastest, first_or_faster, resolve
+from stage2_prior.linear import Weights, fastest, resolve
 from stage2_prior.masks import Kind, visible
 from stage2_prior.model import Layer, Prior
 
-TRIES = 4  # steps with each form and number of threads; the best one counts
+TRIES = 4  # steps with each number of threads; the best one counts
 Text = list[Float[Tensor, "two p h text d"]]  # keys and values of every layer
 
 
@@ -96,15 +94,6 @@ class State:
         return sum(cache.bytes for cache in self.caches)
 
 
-class Form(NamedTuple):
-    """How a decoder computes."""
-
-    weights: Weights
-    layers: list[tuple[Fast, ...]]  # of each: queries, keys and values; their output; up; down
-    head: Fast
-    dtype: torch.dtype  # of keys, values and attention
-
-
 class Decoder:
     """A prior ready to draw. Its parameters are read here: once they change, make another one.
 
@@ -132,8 +121,15 @@ class Decoder:
             for linear in (layer.attention.qkv, layer.attention.out, layer.mlp.up, layer.mlp.down)
         ]
         with fp32_products("ieee"):
-            asked = resolve(weights, "bf16" if precision == "bf16" else "fp32", [*linears, model.image_head])
-            forms = [self._form(linears, each, precision) for each in asked]
+            everything = [*linears, model.image_head]
+            self.weights = resolve(weights, "bf16" if precision == "bf16" else "fp32", everything)
+            # Logits are fp32 whatever the rest runs in (paper, App. D), but for those of int4.
+            of_head: dict[Weights, Weights] = {"bf16": "fp32", "int8": "fp16"}
+            (self.head,) = fastest([model.image_head], of_head.get(self.weights, self.weights), rows)
+            products = [fastest(linears[i::4], self.weights, rows) for i in range(4)]
+        self.fast = list(zip(*products, strict=True))
+        in_bf16 = self.weights == "bf16" or (self.weights in ("int8", "int4") and precision == "bf16")
+        self.dtype = torch.bfloat16 if in_bf16 else torch.float32  # of keys, values and attention
         # The start of the image is one more code, so that the first slot is like the others.
         self.codes = torch.cat([model.image_tokens.weight, model.start_of_image[None]])
         self.places = (model.rows.weight[:, None] + model.columns.weight[None]).flatten(0, 1)
@@ -141,41 +137,24 @@ class Decoder:
             kind: Window.of(kind, c.grid, c.kernel, self.device)
             for kind in dict.fromkeys(layer.attention.kind for layer in self.layers)
         }
-        self.form, self.threads = self._fastest(forms)
+        self.threads = self._fastest_threads()
 
-    def _form(self, linears: Sequence[nn.Linear], weights: Weights, precision: str) -> Form:
-        # Logits are fp32 whatever the rest runs in (paper, App. D), but for those of int4.
-        of_head: dict[Weights, Weights] = {"bf16": "fp32", "int8": "fp16"}
-        products = [fastest(linears[i::4], weights, self.rows) for i in range(4)]
-        (head,) = fastest([self.model.image_head], of_head.get(weights, weights), self.rows)
-        in_bf16 = weights == "bf16" or (weights in ("int8", "int4") and precision == "bf16")
-        dtype = torch.bfloat16 if in_bf16 else torch.float32
-        return Form(weights, list(zip(*products, strict=True)), head, dtype)
-
-    def _fastest(self, forms: Sequence[Form]) -> tuple[Form, int]:
-        """The form, and the number of threads, with which a step takes least.
-
-        They are tried: to wake a second thread takes longer than small products, and what weights cost in a
-        product is not all that they cost.
-        """
+    def _fastest_threads(self) -> int:
+        """With how many a step takes least, tried: to wake a second one takes longer than small products."""
         most = torch.get_num_threads()
-        counts = dict.fromkeys([most, 1] if self.device.type == "cpu" else [most])
-        candidates = [(form, count) for form in forms for count in counts]
-        if len(candidates) == 1:
-            return candidates[0]
-        slot, codes = torch.zeros(1, dtype=torch.long), torch.full((self.rows,), self.start)
+        if self.device.type != "cpu" or most == 1:
+            return most
         nothing = torch.full((1, self.config.text_length - 1), NO_TOKEN)
-        states = {}
-        for self.form in forms:
-            states[self.form.weights] = self.state(self.read(nothing), self.rows)
-        seconds = [math.inf] * len(candidates)
+        state, slot = self.state(self.read(nothing), self.rows), torch.zeros(1, dtype=torch.long)
+        codes = torch.full((self.rows,), self.start)
+        seconds = {most: math.inf, 1: math.inf}  # at a tie, the user's own number
         for _ in range(TRIES):
-            for i, (self.form, count) in enumerate(candidates):
+            for count in seconds:
                 with using(count):
                     began = time.perf_counter()
-                    self.step(codes, states[self.form.weights], slot)
-                    seconds[i] = min(seconds[i], time.perf_counter() - began)
-        return candidates[first_or_faster(seconds)]
+                    self.step(codes, state, slot)
+                    seconds[count] = min(seconds[count], time.perf_counter() - began)
+        return min(seconds, key=seconds.__getitem__)
 
     @property
     def start(self) -> int:
@@ -186,13 +165,12 @@ class Decoder:
     def read(self, tokens: Int[Tensor, "p words"]) -> Text:
         """Keys and values of p prompts in every layer."""
         text: Text = []
-        dtype = self.form.dtype
-        rounded = dtype == torch.bfloat16
+        rounded = self.dtype == torch.bfloat16
         cast = torch.autocast(self.device.type, torch.bfloat16, enabled=rounded)
         with opened(self.model), cast, fp32_products("ieee"):
             x = self.model.embed_text(tokens)
             for layer in self.layers:
-                qkv = layer.attention.qkv(layer.attention_norm(x)).to(dtype)
+                qkv = layer.attention.qkv(layer.attention_norm(x)).to(self.dtype)
                 qkv = rearrange(qkv, "p t (three h d) -> three p h t d", three=3, h=self.config.heads)
                 text.append(qkv[1:].clone())  # without the queries' memory
                 if len(text) == len(self.layers):
@@ -219,7 +197,7 @@ class Decoder:
         masks = {}
         for kind, window in self.windows.items():
             seen = window.bias.shape[1]
-            mask = torch.full((pictures, t + pictures * seen), -torch.inf, dtype=self.form.dtype)
+            mask = torch.full((pictures, t + pictures * seen), -torch.inf, dtype=self.dtype)
             mask[:, :t] = 0
             masks[kind] = mask.to(self.device)
         return State(caches, masks)
@@ -236,7 +214,7 @@ class Decoder:
         with as_they_are(self.device), fp32_products("ieee"):
             read = {kind: self._open(kind, state.masks[kind], slot) for kind in self.windows}
             x = self.codes.index_select(0, codes) + self.places.index_select(0, slot)
-            for layer, fast, cache in zip(self.layers, self.form.layers, state.caches, strict=True):
+            for layer, fast, cache in zip(self.layers, self.fast, state.caches, strict=True):
                 qkv, out, up, down = fast
                 norm = layer.attention_norm
                 y = qkv(F.layer_norm(x, width, norm.weight, norm.bias))
@@ -245,9 +223,7 @@ class Decoder:
                 norm = layer.mlp_norm
                 y = up(F.layer_norm(x, width, norm.weight, norm.bias))
                 x = x + down(torch.mul(y, 1.702).sigmoid_().mul_(y))
-            return self.form.head(
-                F.layer_norm(x, width, self.model.norm.weight, self.model.norm.bias)
-            ).float()
+            return self.head(F.layer_norm(x, width, self.model.norm.weight, self.model.norm.bias)).float()
 
     def _open(self, kind: Kind, mask: Tensor, slot: Tensor) -> tuple[Tensor, Tensor | None]:
         """Let the mask show what this slot sees; where the slot is written, and what is read of the ring."""
@@ -262,7 +238,7 @@ class Decoder:
         self, qkv: Tensor, cache: Cache, mask: Tensor, place: Tensor, places: Tensor | None
     ) -> Float[Tensor, "b w"]:
         _, _, p, n, h, d = cache.ring.shape
-        qkv = qkv.to(self.form.dtype).view(p, n, 3, h, d).permute(2, 0, 1, 3, 4)
+        qkv = qkv.to(self.dtype).view(p, n, 3, h, d).permute(2, 0, 1, 3, 4)
         cache.ring.index_copy_(0, place, qkv[None, 1:])
         if places is not None:
             cache.windows.copy_(cache.ring.index_select(0, places))

@@ -22,8 +22,8 @@ from dalle.errors import ConfigError
 # int8    rounded to 8 bits, with a scale for every output; inputs in bf16; on CPUs. Keys and values are bf16
 #         on those that compute in it
 # int4    rounded to 4 bits, with a scale and an offset for every 32 inputs of an output; otherwise like int8
-# auto    fp16 where no weight changes by it, otherwise fp32; bf16 where the device computes in it: on a GPU
-#         always, on a CPU if a trial finds it faster
+# auto    on a GPU bf16 where it computes in it; on a CPU fp16 where no weight changes by it, otherwise fp32:
+#         what is drawn then depends neither on a trial nor on how many pictures are drawn together
 Weights = Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"]
 Fast = Callable[[Tensor], Tensor]  # rows of inputs to rows of outputs
 ROUNDS = 5  # of a trial; the best one of each candidate counts
@@ -32,10 +32,8 @@ LEAST = 1e-30  # step of what is rounded, where all of it is 0
 GROUP = 32  # inputs that share a scale and an offset in int4
 
 
-def resolve(
-    weights: Weights, precision: Literal["fp32", "bf16"], linears: Sequence[nn.Linear]
-) -> list[Weights]:
-    """What `auto` may stand for; what comes first is to be taken unless another is faster.
+def resolve(weights: Weights, precision: Literal["fp32", "bf16"], linears: Sequence[nn.Linear]) -> Weights:
+    """What `auto` stands for.
 
     Raises:
         ConfigError: the device has no such form.
@@ -44,11 +42,10 @@ def resolve(
     if weights in ("fp16", "int8", "int4") and not cpu:
         raise ConfigError(f"weights={weights} is a form for CPUs; on a GPU use bf16 or fp32")
     if weights != "auto":
-        return [weights]
+        return weights
     if not cpu:
-        return ["bf16" if precision == "bf16" else "fp32"]
-    exact: Weights = "fp16" if all(torch.equal(_fp16(x.weight), x.weight) for x in linears) else "fp32"
-    return [exact, "bf16"] if precision == "bf16" else [exact]
+        return "bf16" if precision == "bf16" else "fp32"
+    return "fp16" if all(torch.equal(_fp16(x.weight), x.weight) for x in linears) else "fp32"
 
 
 def fastest(linears: Sequence[nn.Linear], weights: Weights, rows: int) -> list[Fast]:
@@ -73,15 +70,10 @@ def fastest(linears: Sequence[nn.Linear], weights: Weights, rows: int) -> list[F
             for linear in candidate:
                 linear(x)
             seconds[i] = min(seconds[i], time.perf_counter() - began)
-    return candidates[first_or_faster(seconds)]
-
-
-def first_or_faster(seconds: Sequence[float]) -> int:
-    """The first of several candidates, unless a later one is clearly faster than all before it."""
     best = 0
     for i in range(1, len(seconds)):
         best = i if seconds[i] < MARGIN * seconds[best] else best
-    return best
+    return candidates[best]
 
 
 def _forms(weights: Weights, device: torch.device) -> list[Callable[[Tensor, Tensor, int], Fast]]:

@@ -83,6 +83,11 @@ def test_guidance_is_refused_where_every_picture_had_its_caption(model):
         model(PROMPTS[0], sampling=Sampling(guidance=2.0))
 
 
+def test_a_cpu_that_computes_in_bf16_draws_the_same(run, model):
+    rounding = TextToImage.load(run, device="cpu", precision="bf16")
+    assert bytes_of(rounding(PROMPTS[0], n=3, seed=3)) == bytes_of(model(PROMPTS[0], n=3, seed=3))
+
+
 def test_the_codes_are_the_same_too(model):
     four, sixteen = (codes_of(model, n, seed=3) for n in (4, 16))
     assert torch.equal(four, sixteen[:4])
