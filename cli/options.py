@@ -137,8 +137,8 @@ AtOnce = Annotated[
 DrawingWeights = Annotated[
     Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"],
     typer.Option(
-        help="The prior's weights while it draws. auto: as they are; bf16 on a GPU. On a CPU int8 and int4 (8 "
-        "and 4 bits) are faster, and where it computes in bf16, that for many pictures at once."
+        help="The prior's weights while it draws. auto: as they are; bf16 on a GPU. On a CPU int8 and int4 "
+        "(8 and 4 bits) are faster, and where it computes in bf16, that for many pictures at once."
     ),
 ]
 Preview = Annotated[
