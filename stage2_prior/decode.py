@@ -241,7 +241,7 @@ class Decoder:
         qkv = qkv.to(self.dtype).view(p, n, 3, h, d).permute(2, 0, 1, 3, 4)
         cache.ring.index_copy_(0, place, qkv[None, 1:])
         if places is not None:
-            cache.windows.copy_(cache.ring.index_select(0, places))
+            torch.index_select(cache.ring, 0, places, out=cache.windows)
         q, k, v = qkv[0].transpose(1, 2), *cache.read
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return y.transpose(1, 2).reshape(p * n, h * d)

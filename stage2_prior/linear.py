@@ -87,13 +87,19 @@ def _forms(weights: Weights, device: torch.device) -> list[Callable[[Tensor, Ten
         case "int4":
             return [_int4]
         case "bf16":
-            return [_by_rows_bf16, _blocked_bf16] if cpu else [_by_rows_bf16]
+            # Not tried: among products alone rows seem faster for some shapes, and are not in whole steps.
+            return [_blocked_bf16] if cpu and _has_onednn_bf16() else [_by_rows_bf16]
         case _:
             return [_by_rows, _by_columns, _in_parts, _blocked] if cpu else [_by_rows]
 
 
 def _has_fbgemm() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def _has_onednn_bf16() -> bool:
+    ops: Any = torch.ops.mkldnn
+    return torch.backends.mkldnn.is_available() and bool(ops._is_mkldnn_bf16_supported())
 
 
 def _fp16(weight: Tensor) -> Tensor:
