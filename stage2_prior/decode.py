@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dalle.boundary import opened
 from dalle.precision import as_they_are, fp32_products
 from dalle.text import NO_TOKEN
 from dalle.threads import using
-from stage2_prior.linear import Weights, fastest, resolve
+from stage2_prior.linear import Fast, Weights, fastest, resolve
 from stage2_prior.masks import Kind, visible
 from stage2_prior.model import Layer, Prior
 
@@ -70,14 +70,14 @@ class Cache:
     sees all of the ring, otherwise it lies beside it.
     """
 
-    read: Float[Tensor, "two p h slots d"]
-    windows: Float[Tensor, "seen two p n h d"]  # the end of `read`
-    ring: Float[Tensor, "ring two p n h d"]
+    read: tuple[Float[Tensor, "p h slots d"], Float[Tensor, "p h slots d"]]  # keys and values, one memory
+    windows: Float[Tensor, "seen p n two h d"]  # the end of both
+    ring: Float[Tensor, "ring p n two h d"]
 
     @property
     def bytes(self) -> int:
         """Memory of the keys and values; a view counts once."""
-        own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (self.read, self.ring)}
+        own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*self.read, self.ring)}
         return sum(own.values())
 
 
@@ -87,11 +87,31 @@ class State:
 
     caches: list[Cache]
     masks: dict[Kind, Float[Tensor, "n slots"]]
+    own: dict[Kind, Float[Tensor, "n seen"]]  # of each mask what every picture's own window is under
 
     @property
     def bytes(self) -> int:
         """Memory of all caches."""
         return sum(cache.bytes for cache in self.caches)
+
+
+@dataclass(frozen=True)
+class Passed:
+    """One layer as a row for each picture passes through it."""
+
+    kind: Kind
+    attention_norm: Fast
+    qkv: Fast
+    out: Fast
+    mlp_norm: Fast
+    up: Fast
+    down: Fast
+
+
+def _norm(norm: nn.LayerNorm) -> Fast:
+    """Without a module's call, which takes as long as normalizing a row."""
+    shape, weight, bias, eps = list(norm.normalized_shape), norm.weight, norm.bias, norm.eps
+    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
 class Decoder:
@@ -127,7 +147,13 @@ class Decoder:
             of_head: dict[Weights, Weights] = {"bf16": "fp32", "int8": "fp16"}
             (self.head,) = fastest([model.image_head], of_head.get(self.weights, self.weights), rows)
             products = [fastest(linears[i::4], self.weights, rows) for i in range(4)]
-        self.fast = list(zip(*products, strict=True))
+        self.norm = _norm(model.norm)
+        self.passed = [
+            Passed(
+                layer.attention.kind, _norm(layer.attention_norm), qkv, out, _norm(layer.mlp_norm), up, down
+            )
+            for layer, qkv, out, up, down in zip(self.layers, *products, strict=True)
+        ]
         in_bf16 = self.weights == "bf16" or (self.weights in ("int8", "int4") and precision == "bf16")
         self.dtype = torch.bfloat16 if in_bf16 else torch.float32  # of keys, values and attention
         # The start of the image is one more code, so that the first slot is like the others.
@@ -190,17 +216,18 @@ class Decoder:
             _, p, h, t, d = kv.shape
             read = kv.new_zeros(2, p, h, t + pictures * seen, d)
             read[:, :, :, :t] = kv
-            windows = rearrange(read[:, :, :, t:], "two p h (n seen) d -> seen two p n h d", n=pictures)
+            windows = rearrange(read[:, :, :, t:], "two p h (n seen) d -> seen p n two h d", n=pictures)
             apart = window.places is not None
-            ring = kv.new_zeros(window.ring, 2, p, pictures, h, d) if apart else windows
-            caches.append(Cache(read, windows, ring))
-        masks = {}
+            ring = kv.new_zeros(window.ring, p, pictures, 2, h, d) if apart else windows
+            caches.append(Cache((read[0], read[1]), windows, ring))
+        masks, own = {}, {}
         for kind, window in self.windows.items():
             seen = window.bias.shape[1]
             mask = torch.full((pictures, t + pictures * seen), -torch.inf, dtype=self.dtype)
             mask[:, :t] = 0
             masks[kind] = mask.to(self.device)
-        return State(caches, masks)
+            own[kind] = masks[kind][:, t:].unflatten(1, (pictures, seen)).diagonal().t()
+        return State(caches, masks, own)
 
     @torch.inference_mode()
     def step(self, codes: Int[Tensor, " b"], state: State, slot: Int[Tensor, " 1"]) -> Float[Tensor, "b v"]:
@@ -210,38 +237,31 @@ class Decoder:
             codes: `start` for the first slot.
             state: of the slots before; this one joins it.
         """
-        width = (self.config.width,)
         with as_they_are(self.device), fp32_products("ieee"):
-            read = {kind: self._open(kind, state.masks[kind], slot) for kind in self.windows}
+            read = {kind: self._open(kind, state.own[kind], slot) for kind in self.windows}
             x = self.codes.index_select(0, codes) + self.places.index_select(0, slot)
-            for layer, fast, cache in zip(self.layers, self.fast, state.caches, strict=True):
-                qkv, out, up, down = fast
-                norm = layer.attention_norm
-                y = qkv(F.layer_norm(x, width, norm.weight, norm.bias))
-                kind = layer.attention.kind
-                x = x + out(self._attend(y, cache, state.masks[kind], *read[kind]))
-                norm = layer.mlp_norm
-                y = up(F.layer_norm(x, width, norm.weight, norm.bias))
-                x = x + down(torch.mul(y, 1.702).sigmoid_().mul_(y))
-            return self.head(F.layer_norm(x, width, self.model.norm.weight, self.model.norm.bias)).float()
+            for layer, cache in zip(self.passed, state.caches, strict=True):
+                y = layer.qkv(layer.attention_norm(x))
+                x = x + layer.out(self._attend(y, cache, state.masks[layer.kind], *read[layer.kind]))
+                y = layer.up(layer.mlp_norm(x))
+                x = x + layer.down(torch.mul(y, 1.702).sigmoid_().mul_(y))
+            return self.head(self.norm(x)).float()
 
-    def _open(self, kind: Kind, mask: Tensor, slot: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _open(self, kind: Kind, own: Tensor, slot: Tensor) -> tuple[Tensor, Tensor | None]:
         """Let the mask show what this slot sees; where the slot is written, and what is read of the ring."""
-        window, n = self.windows[kind], len(mask)
-        seen = window.bias.shape[1]
-        own = mask[:, self.config.text_length :].unflatten(1, (n, seen)).diagonal()  # seen × n
-        own.copy_(window.bias.index_select(0, slot).t())
-        places = None if window.places is None else window.places.index_select(0, slot)[0]
+        window = self.windows[kind]
+        own.copy_(window.bias.index_select(0, slot))
+        places = None if window.places is None else window.places.index_select(0, slot).view(-1)
         return slot % window.ring, places
 
     def _attend(
         self, qkv: Tensor, cache: Cache, mask: Tensor, place: Tensor, places: Tensor | None
     ) -> Float[Tensor, "b w"]:
-        _, _, p, n, h, d = cache.ring.shape
-        qkv = qkv.to(self.dtype).view(p, n, 3, h, d).permute(2, 0, 1, 3, 4)
-        cache.ring.index_copy_(0, place, qkv[None, 1:])
+        _, p, n, _, h, d = cache.ring.shape
+        qkv = qkv.to(self.dtype).view(1, p, n, 3, h, d)
+        cache.ring.index_copy_(0, place, qkv.narrow(3, 1, 2))
         if places is not None:
             torch.index_select(cache.ring, 0, places, out=cache.windows)
-        q, k, v = qkv[0].transpose(1, 2), *cache.read
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        q = qkv.select(3, 0).squeeze(0).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, *cache.read, attn_mask=mask)
         return y.transpose(1, 2).reshape(p * n, h * d)

@@ -81,7 +81,8 @@ def _forms(weights: Weights, device: torch.device) -> list[Callable[[Tensor, Ten
     cpu = device.type == "cpu"
     match weights:
         case "fp16":
-            return [_packed_fp16] if _has_fbgemm() else [_rounded(form) for form in (_by_rows, _by_columns)]
+            widened = [_rounded(form) for form in _forms("fp32", device)]  # best for what fits into a cache
+            return [_packed_fp16, *widened] if _has_fbgemm() else widened
         case "int8":
             return [_int8]
         case "int4":
