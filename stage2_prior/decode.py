@@ -96,7 +96,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Passed:
+class FastLayer:
     """One layer as a row for each picture passes through it."""
 
     kind: Kind
@@ -148,8 +148,8 @@ class Decoder:
             (self.head,) = fastest([model.image_head], of_head.get(self.weights, self.weights), rows)
             products = [fastest(linears[i::4], self.weights, rows) for i in range(4)]
         self.norm = _norm(model.norm)
-        self.passed = [
-            Passed(
+        self.fast = [
+            FastLayer(
                 layer.attention.kind, _norm(layer.attention_norm), qkv, out, _norm(layer.mlp_norm), up, down
             )
             for layer, qkv, out, up, down in zip(self.layers, *products, strict=True)
@@ -240,7 +240,7 @@ class Decoder:
         with as_they_are(self.device), fp32_products("ieee"):
             read = {kind: self._open(kind, state.own[kind], slot) for kind in self.windows}
             x = self.codes.index_select(0, codes) + self.places.index_select(0, slot)
-            for layer, cache in zip(self.passed, state.caches, strict=True):
+            for layer, cache in zip(self.fast, state.caches, strict=True):
                 y = layer.qkv(layer.attention_norm(x))
                 x = x + layer.out(self._attend(y, cache, state.masks[layer.kind], *read[layer.kind]))
                 y = layer.up(layer.mlp_norm(x))

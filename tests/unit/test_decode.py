@@ -173,9 +173,10 @@ def test_what_rounds_around_it_does_not_reach_into_fp32():
         assert torch.equal(tiny.cached_logits(model, tokens, codes), plain)
 
 
+FP32 = [linear._by_rows, linear._by_columns, linear._in_parts, linear._blocked]
 FORMS = {
-    "fp32": [linear._by_rows, linear._by_columns, linear._in_parts, linear._blocked],
-    "fp16": [linear._packed_fp16, linear._rounded(linear._by_rows)],
+    "fp32": FP32,
+    "fp16": [linear._packed_fp16, *map(linear._rounded, FP32)],
     "int8": [linear._int8],
     "int4": [linear._int4],
     "bf16": [linear._by_rows_bf16, linear._blocked_bf16],
