@@ -10,6 +10,8 @@ Slots are tensors, nothing branches on them: on a GPU a step can be recorded onc
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,8 @@ from dalle.boundary import opened
 from dalle.precision import as_they_are, fp32_products
 from dalle.text import NO_TOKEN
 from dalle.threads import using
-from stage2_prior.linear import Fast, Weights, fastest, resolve
+from stage2_prior.activation import around_silu, gelu
+from stage2_prior.linear import ROUNDED, Fast, Weights, fastest, resolve
 from stage2_prior.masks import Kind, visible
 from stage2_prior.model import Layer, Prior
 
@@ -135,18 +138,20 @@ class Decoder:
         self.model, self.rows = model, rows
         self.device = model.start_of_text.device
         self.layers = [layer for layer in model.layers if isinstance(layer, Layer)]
-        linears = [
-            linear
-            for layer in self.layers
-            for linear in (layer.attention.qkv, layer.attention.out, layer.mlp.up, layer.mlp.down)
+        linears: list[tuple[nn.Linear, ...]] = [
+            (layer.attention.qkv, layer.attention.out, layer.mlp.up, layer.mlp.down) for layer in self.layers
         ]
+        everything = [model.image_head, *chain(*linears)]
+        self.weights = resolve(weights, "bf16" if precision == "bf16" else "fp32", everything)
+        self.activate: Fast = gelu
+        if self.weights in ROUNDED:
+            linears = [(qkv, out, *around_silu(up, down)) for qkv, out, up, down in linears]
+            self.activate = partial(F.silu, inplace=True)
         with fp32_products("ieee"):
-            everything = [*linears, model.image_head]
-            self.weights = resolve(weights, "bf16" if precision == "bf16" else "fp32", everything)
             # Logits are fp32 whatever the rest runs in (paper, App. D), but for those of int4.
             of_head: dict[Weights, Weights] = {"bf16": "fp32", "int8": "fp16"}
             (self.head,) = fastest([model.image_head], of_head.get(self.weights, self.weights), rows)
-            products = [fastest(linears[i::4], self.weights, rows) for i in range(4)]
+            products = [fastest(alike, self.weights, rows) for alike in zip(*linears, strict=True)]
         self.norm = _norm(model.norm)
         self.fast = [
             FastLayer(
@@ -243,8 +248,7 @@ class Decoder:
             for layer, cache in zip(self.fast, state.caches, strict=True):
                 y = layer.qkv(layer.attention_norm(x))
                 x = x + layer.out(self._attend(y, cache, state.masks[layer.kind], *read[layer.kind]))
-                y = layer.up(layer.mlp_norm(x))
-                x = x + layer.down(torch.mul(y, 1.702).sigmoid_().mul_(y))
+                x = x + layer.down(self.activate(layer.up(layer.mlp_norm(x))))
             return self.head(self.norm(x)).float()
 
     def _open(self, kind: Kind, own: Tensor, slot: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -25,6 +25,7 @@ from dalle.errors import ConfigError
 # auto    on a GPU bf16 where it computes in it; on a CPU fp16 where no weight changes by it, otherwise fp32:
 #         what is drawn then depends neither on a trial nor on how many pictures are drawn together
 Weights = Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"]
+ROUNDED = ("bf16", "int8", "int4")  # anew for drawing, whatever was saved; their inputs are in bf16
 Fast = Callable[[Tensor], Tensor]  # rows of inputs to rows of outputs
 ROUNDS = 5  # of a trial; the best one of each candidate counts
 MARGIN = 0.95  # a later candidate must be at least so much faster than the ones before it
