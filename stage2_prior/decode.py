@@ -159,7 +159,7 @@ class Decoder:
             )
             for layer, qkv, out, up, down in zip(self.layers, *products, strict=True)
         ]
-        in_bf16 = self.weights == "bf16" or (self.weights in ("int8", "int4") and precision == "bf16")
+        in_bf16 = self.weights in ROUNDED and "bf16" in (self.weights, precision)
         self.dtype = torch.bfloat16 if in_bf16 else torch.float32  # of keys, values and attention
         # The start of the image is one more code, so that the first slot is like the others.
         self.codes = torch.cat([model.image_tokens.weight, model.start_of_image[None]])
