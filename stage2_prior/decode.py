@@ -123,7 +123,7 @@ class Decoder:
     Args:
         rows: pictures that will be drawn side by side; the linear layers' form is chosen for it.
         weights: see `stage2_prior.linear`.
-        precision: what the device computes in; decides `auto`.
+        precision: what the device computes in: of keys and values beside int8 and int4, and `auto` on a GPU.
 
     Raises:
         ConfigError: the device has no such weights.

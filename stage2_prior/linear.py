@@ -136,7 +136,7 @@ def _blocked(weight: Tensor, bias: Tensor, rows: int) -> Fast:
 
 
 def _rounded(form: Callable[[Tensor, Tensor, int], Fast]) -> Callable[[Tensor, Tensor, int], Fast]:
-    """The values of fp16 weights in fp32, where there is no kernel for them."""
+    """The values of fp16 weights in fp32, widened once."""
     return lambda weight, bias, rows: form(_fp16(weight), bias, rows)
 
 
