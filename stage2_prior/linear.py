@@ -2,13 +2,14 @@
 
 For a few rows a product takes as long as reading its weights. Which layout is read fastest depends on the
 machine, the shape and the rows, so it is tried; the candidates of one kind of weights are the same numbers
-and differ in the order of their sums alone.
+and differ in the order of their sums alone. Their modules keep to what TorchScript compiles (see
+`stage2_prior.decode.Step`).
 """
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from dalle.errors import ConfigError
 #         what is drawn then depends neither on a trial nor on how many pictures are drawn together
 Weights = Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"]
 ROUNDED = ("bf16", "int8", "int4")  # anew for drawing, whatever was saved; their inputs are in bf16
-Fast = Callable[[Tensor], Tensor]  # rows of inputs to rows of outputs
+Form = Callable[[Tensor, Tensor, int], nn.Module]  # of weight and bias, for so many rows
 ROUNDS = 5  # of a trial; the best one of each candidate counts
 MARGIN = 0.95  # a later candidate must be at least so much faster than the ones before it
 LEAST = 1e-30  # step of what is rounded, where all of it is 0
@@ -49,21 +50,36 @@ def resolve(weights: Weights, precision: Literal["fp32", "bf16"], linears: Seque
     return "fp16" if all(torch.equal(_fp16(x.weight), x.weight) for x in linears) else "fp32"
 
 
-def fastest(linears: Sequence[nn.Linear], weights: Weights, rows: int) -> list[Fast]:
+def fastest(
+    linears: Sequence[nn.Linear], weights: Weights, rows: int, times: tuple[float, float] = (1.0, 1.0)
+) -> list[nn.Module]:
     """Linear layers of one shape in the form that is fastest for so many rows.
 
     They are tried one after another, as drawing does it: what fits into a cache then does so here.
+
+    Args:
+        times: factors of the weights and of the biases.
+
+    Raises:
+        ConfigError: the machine has no such form.
     """
     device = linears[0].weight.device
-    candidates: list[list[Fast]] = []
+    x = torch.zeros(rows, linears[0].in_features, device=device)
+    candidates: list[list[nn.Module]] = []
+    refused = "no such form"
     for form in _forms(weights, device):
-        with suppress(RuntimeError, NotImplementedError, AttributeError):  # not on this machine
-            candidate = [form(x.weight.detach().float(), x.bias.detach(), rows) for x in linears]
-            candidate[0](torch.zeros(rows, linears[0].in_features, device=device))
+        try:
+            candidate = [form(*_scaled(linear, times), rows) for linear in linears]
+            candidate[0](x)
             candidates.append(candidate)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError, AttributeError) as error:  # not on this machine
+            refused = str(error).partition("\n")[0]
+    if not candidates:
+        raise ConfigError(f"weights={weights} does not work on this machine ({refused}); use fp32")
     if len(candidates) == 1:
         return candidates[0]
-    x = torch.zeros(rows, linears[0].in_features, device=device)
     seconds = [float("inf")] * len(candidates)
     for _ in range(ROUNDS):
         for i, candidate in enumerate(candidates):
@@ -77,22 +93,28 @@ def fastest(linears: Sequence[nn.Linear], weights: Weights, rows: int) -> list[F
     return candidates[best]
 
 
-def _forms(weights: Weights, device: torch.device) -> list[Callable[[Tensor, Tensor, int], Fast]]:
+def _scaled(linear: nn.Linear, times: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Weight and bias in fp32; not copied where they are so already."""
+    weight, bias = linear.weight.detach().float(), linear.bias.detach()
+    return (weight, bias) if times == (1, 1) else (weight * times[0], bias * times[1])
+
+
+def _forms(weights: Weights, device: torch.device) -> list[Form]:
     """The candidates for these weights; the first ones are the simplest."""
     cpu = device.type == "cpu"
     match weights:
         case "fp16":
             widened = [_rounded(form) for form in _forms("fp32", device)]  # best for what fits into a cache
-            return [_packed_fp16, *widened] if _has_fbgemm() else widened
+            return [_PackedFp16, *widened] if _has_fbgemm() else widened
         case "int8":
             return [_int8]
         case "int4":
             return [_int4]
         case "bf16":
             # Not tried: among products alone rows seem faster for some shapes, and are not in whole steps.
-            return [_blocked_bf16] if cpu and _has_onednn_bf16() else [_by_rows_bf16]
+            return [partial(_InBf16, _Blocked if cpu and _has_onednn_bf16() else _ByRows)]
         case _:
-            return [_by_rows, _by_columns, _in_parts, _blocked] if cpu else [_by_rows]
+            return [_ByRows, _ByColumns, _InParts, _Blocked] if cpu else [_ByRows]
 
 
 def _has_fbgemm() -> bool:
@@ -104,72 +126,127 @@ def _has_onednn_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and bool(ops._is_mkldnn_bf16_supported())
 
 
-def _fp16(weight: Tensor) -> Tensor:
-    return weight.half().to(weight.dtype)
+@no_type_check
+class _ByRows(nn.Module):
+    def __init__(self, weight: Tensor, bias: Tensor, rows: int) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
-def _by_rows(weight: Tensor, bias: Tensor, rows: int) -> Fast:
-    return lambda x: F.linear(x, weight, bias)
-
-
-def _by_columns(weight: Tensor, bias: Tensor, rows: int) -> Fast:
+@no_type_check
+class _ByColumns(nn.Module):
     """Inputs × outputs: a row of the table is added to all outputs for each input."""
-    table = weight.t().contiguous()
-    return lambda x: torch.addmm(bias, x, table)
+
+    def __init__(self, weight: Tensor, bias: Tensor, rows: int) -> None:
+        super().__init__()
+        self.table, self.bias = weight.t().contiguous(), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.table)
 
 
-def _in_parts(weight: Tensor, bias: Tensor, rows: int) -> Fast:
+@no_type_check
+class _InParts(nn.Module):
     """A table of some outputs for every thread: BLAS itself leaves the product of one row to one thread."""
-    parts = torch.get_num_threads()
-    tables = weight.unflatten(0, (parts, -1)).transpose(1, 2).contiguous()
-    biases = bias.view(parts, 1, -1)
-    return lambda x: (
-        torch.baddbmm(biases, x.expand(parts, -1, -1), tables).transpose(0, 1).reshape(len(x), -1)
-    )
+
+    def __init__(self, weight: Tensor, bias: Tensor, rows: int) -> None:
+        super().__init__()
+        self.parts = torch.get_num_threads()
+        self.tables = weight.unflatten(0, (self.parts, -1)).transpose(1, 2).contiguous()
+        self.biases = bias.view(self.parts, 1, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.baddbmm(self.biases, x.expand(self.parts, -1, -1), self.tables)
+        return y.transpose(0, 1).reshape(len(x), -1)
 
 
-def _blocked(weight: Tensor, bias: Tensor, rows: int) -> Fast:
+@no_type_check
+class _Blocked(nn.Module):
     """In oneDNN's blocks for so many rows."""
-    ops: Any = torch.ops.mkldnn
-    blocks = ops._reorder_linear_weight(weight, rows)
-    return lambda x: ops._linear_pointwise(x, blocks, bias, "none", [], "")
+
+    def __init__(self, weight: Tensor, bias: Tensor, rows: int) -> None:
+        super().__init__()
+        ops: Any = torch.ops.mkldnn
+        self.blocks, self.bias = ops._reorder_linear_weight(weight, rows), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.blocks, self.bias, "none", [], "")
+        return y
 
 
-def _rounded(form: Callable[[Tensor, Tensor, int], Fast]) -> Callable[[Tensor, Tensor, int], Fast]:
+@no_type_check
+class _PackedFp16(nn.Module):
+    """fp16 in memory, widened on the way into fp32 products."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, rows: int) -> None:
+        super().__init__()
+        ops: Any = torch.ops.quantized
+        self.packed = ops.linear_prepack_fp16(weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        return y
+
+
+@no_type_check
+class _InBf16(nn.Module):
+    """A form whose inputs are in bf16."""
+
+    def __init__(self, form: Form, weight: Tensor, bias: Tensor, rows: int) -> None:
+        super().__init__()
+        self.form = form(weight.bfloat16(), bias.bfloat16(), rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.form(x.to(torch.bfloat16))
+        return y
+
+
+@no_type_check
+class _Int8(nn.Module):
+    """The steps stay 8 bits wide in memory."""
+
+    def __init__(self, steps: Tensor, scale: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.steps, self.scale, self.bias = steps, scale, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch._weight_int8pack_mm(x.to(torch.bfloat16), self.steps, self.scale).add_(self.bias)
+
+
+@no_type_check
+class _Int4(nn.Module):
+    def __init__(self, packed: Tensor, units: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.packed, self.units, self.bias = packed, units, bias
+        self.group = GROUP
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), self.packed, self.group, self.units)
+        return y.add_(self.bias)
+
+
+def _rounded(form: Form) -> Form:
     """The values of fp16 weights in fp32, widened once."""
     return lambda weight, bias, rows: form(_fp16(weight), bias, rows)
 
 
-def _packed_fp16(weight: Tensor, bias: Tensor, rows: int) -> Fast:
-    """fp16 in memory, widened on the way into fp32 products."""
-    ops: Any = torch.ops.quantized
-    packed = ops.linear_prepack_fp16(weight, bias)
-    return lambda x: ops.linear_dynamic_fp16(x, packed)
+def _fp16(weight: Tensor) -> Tensor:
+    return weight.half().to(weight.dtype)
 
 
-def _by_rows_bf16(weight: Tensor, bias: Tensor, rows: int) -> Fast:
-    return _in_bf16(_by_rows(weight.bfloat16(), bias.bfloat16(), rows))
-
-
-def _blocked_bf16(weight: Tensor, bias: Tensor, rows: int) -> Fast:
-    return _in_bf16(_blocked(weight.bfloat16(), bias.bfloat16(), rows))
-
-
-def _in_bf16(linear: Fast) -> Fast:
-    return lambda x: linear(x.bfloat16())
-
-
-def _int8(weight: Tensor, bias: Tensor, rows: int) -> Fast:
-    """The steps stay 8 bits wide in memory; the kernel is for whole blocks only."""
+def _int8(weight: Tensor, bias: Tensor, rows: int) -> nn.Module:
+    """127 steps either way, with a scale for every output; the kernel is for whole blocks only."""
     scale = (weight.abs().amax(1) / 127).clamp_min(LEAST).bfloat16()
     steps = (weight / scale.float()[:, None]).round().clamp(-127, 127)
     if any(size % 16 for size in weight.shape):
-        return _by_rows_bf16(steps * scale.float()[:, None], bias, rows)
-    steps, bias = steps.to(torch.int8), bias.bfloat16()
-    return lambda x: torch._weight_int8pack_mm(x.bfloat16(), steps, scale).add_(bias)
+        return _InBf16(_ByRows, steps * scale.float()[:, None], bias, rows)
+    return _Int8(steps.to(torch.int8), scale, bias.bfloat16())
 
 
-def _int4(weight: Tensor, bias: Tensor, rows: int) -> Fast:
+def _int4(weight: Tensor, bias: Tensor, rows: int) -> nn.Module:
     """Sixteen steps from the least to the largest weight of a group; the kernel is for whole blocks only."""
     if weight.shape[0] % 16 or weight.shape[1] % GROUP:
         return _int8(weight, bias, rows)
@@ -180,5 +257,4 @@ def _int4(weight: Tensor, bias: Tensor, rows: int) -> Fast:
     steps = ((groups - middle.float()[..., None]) / scale.float()[..., None] + 8).round().clamp(0, 15)
     packed = torch._convert_weight_to_int4pack_for_cpu(steps.flatten(1).to(torch.int32), 1)
     units = torch.stack([scale, middle], 2).transpose(0, 1).contiguous()
-    bias = bias.bfloat16()
-    return lambda x: torch._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, GROUP, units).add_(bias)
+    return _Int4(packed, units, bias.bfloat16())

@@ -3,6 +3,7 @@
 import copy
 import math
 from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from dalle.builtin import FOLDER
 from dalle.errors import ConfigError
 from dalle.precision import arithmetic
-from stage2_prior import linear
-from stage2_prior.decode import Decoder, Window
+from stage2_prior import decode, linear
+from stage2_prior.cache import Window
+from stage2_prior.decode import Decoder
 from stage2_prior.masks import kinds
 from stage2_prior.model import Prior
 from stage2_prior.sample import Sampling, draw, noise
@@ -173,13 +175,13 @@ def test_what_rounds_around_it_does_not_reach_into_fp32():
         assert torch.equal(tiny.cached_logits(model, tokens, codes), plain)
 
 
-FP32 = [linear._by_rows, linear._by_columns, linear._in_parts, linear._blocked]
+FP32 = [linear._ByRows, linear._ByColumns, linear._InParts, linear._Blocked]
 FORMS = {
     "fp32": FP32,
-    "fp16": [linear._packed_fp16, *map(linear._rounded, FP32)],
+    "fp16": [linear._PackedFp16, *map(linear._rounded, FP32)],
     "int8": [linear._int8],
     "int4": [linear._int4],
-    "bf16": [linear._by_rows_bf16, linear._blocked_bf16],
+    "bf16": [partial(linear._InBf16, form) for form in (linear._ByRows, linear._Blocked)],
 }
 
 
@@ -215,21 +217,56 @@ def test_int4_keeps_weights_that_lie_on_sixteen_steps():
 
 
 def test_the_fastest_form_is_taken(monkeypatch):
-    def slow(weight: Tensor, bias: Tensor, rows: int) -> linear.Fast:
-        def product(x: Tensor) -> Tensor:
+    class Slow(linear._ByRows):
+        def forward(self, x: Tensor) -> Tensor:
             for _ in range(200):
-                F.linear(x, weight, bias)
-            return F.linear(x, weight, bias)
-
-        return product
-
-    def missing(weight: Tensor, bias: Tensor, rows: int) -> linear.Fast:
-        raise NotImplementedError
+                F.linear(x, self.weight, self.bias)
+            return F.linear(x, self.weight, self.bias)
 
     layers = [nn.Linear(64, 64) for _ in range(2)]
-    monkeypatch.setattr(linear, "_forms", lambda *_: [slow, missing, linear._by_columns])
+    monkeypatch.setattr(linear, "_forms", lambda *_: [Slow, missing, linear._ByColumns])
     taken = linear.fastest(layers, "fp32", 1)
-    assert [fast.__qualname__.split(".")[0] for fast in taken] == 2 * ["_by_columns"]
+    assert [type(fast) for fast in taken] == 2 * [linear._ByColumns]
+
+
+def missing(weight: Tensor, bias: Tensor, rows: int) -> nn.Module:
+    raise NotImplementedError("no kernel")
+
+
+def too_large(weight: Tensor, bias: Tensor, rows: int) -> nn.Module:
+    raise torch.OutOfMemoryError
+
+
+def test_a_machine_without_any_form_is_told_of_and_one_without_memory_too(monkeypatch):
+    layers = [nn.Linear(64, 64)]
+    monkeypatch.setattr(linear, "_forms", lambda *_: [missing])
+    with pytest.raises(ConfigError, match=r"weights=int4 does not work on this machine \(no kernel\)"):
+        linear.fastest(layers, "int4", 1)
+    monkeypatch.setattr(linear, "_forms", lambda *_: [linear._ByRows, too_large])
+    with pytest.raises(torch.OutOfMemoryError):
+        linear.fastest(layers, "fp32", 1)
+
+
+def test_factors_go_into_weights_and_biases_and_leave_the_layer_as_it_was():
+    layer = nn.Linear(8, 4)
+    before, x = copy.deepcopy(layer), torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    (scaled,) = linear.fastest([layer], "fp32", 3, (2.0, 4.0))
+    torch.testing.assert_close(scaled(x), 2 * (layer(x) - layer.bias) + 4 * layer.bias)
+    assert torch.equal(layer.weight, before.weight)
+    assert torch.equal(layer.bias, before.bias)
+
+
+@shapes
+@pytest.mark.parametrize("weights", ["fp32", "fp16", "bf16", "int8", "int4"])
+def test_the_compiled_step_is_the_one_that_python_runs(monkeypatch, shape, weights):
+    """To the last bit: compiling neither reorders nor fuses, and no write into a cache is lost."""
+    model = tiny.prior(**shape | {"width": 96})
+    tokens, codes = tiny.batch(model, 1)[0], tiny.batch(model, 2, seed=1)[1]
+    forms = linear._forms
+    monkeypatch.setattr(linear, "_forms", lambda *a: forms(*a)[:1])  # the clock has no say
+    compiled = tiny.cached_logits(model, tokens, codes, weights, "bf16")
+    monkeypatch.setattr(decode, "compiled", lambda step: step)
+    assert torch.equal(compiled, tiny.cached_logits(model, tokens, codes, weights, "bf16"))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -259,8 +296,9 @@ def test_weights_that_a_device_has_no_form_for_are_refused():
 def test_rounding_hardly_moves_the_next_codes_distribution(weights, limit, precision):
     """KL divergence from fp32 in nats, on the built-in model; its weights are fp16, so noise comes first."""
     prior = Prior.load(FOLDER / "prior")
-    prior = rounded(prior, lambda w: w * (1 + 2.0**-11 * (2 * torch.rand(w.shape) - 1)))
-    tokens = torch.randint(prior.config.text_vocab, (4, prior.config.text_length - 1))
+    random = torch.Generator().manual_seed(0)
+    prior = rounded(prior, lambda w: w * (1 + 2.0**-11 * (2 * torch.rand(w.shape, generator=random) - 1)))
+    tokens = torch.randint(prior.config.text_vocab, (4, prior.config.text_length - 1), generator=random)
     tokens[:, 6:] = -1
     codes = tiny.drawn(prior, tokens, noise(0, range(4), prior.config.cells))
     exact, rough = (

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage2_prior.activation import around_silu
 from stage2_prior.attention import Attention
 from stage2_prior.config import PRESETS, PriorConfig
 from stage2_prior.loss import losses
@@ -342,16 +341,6 @@ def test_the_mlps_gradient_is_the_derivative_of_its_values():
     taped = mlp(x)
     with torch.no_grad():
         assert torch.equal(mlp(x), taped)
-
-
-def test_an_mlp_around_a_silu_is_the_same_and_leaves_the_model_as_it_was():
-    mlp, x = MLP(6).double(), torch.randn(5, 6, dtype=torch.float64)
-    for p in mlp.parameters():
-        torch.nn.init.normal_(p)
-    before = mlp(x)
-    up, down = around_silu(mlp.up, mlp.down)
-    torch.testing.assert_close(down(torch.nn.functional.silu(up(x))), before)
-    assert torch.equal(mlp(x), before)
 
 
 @pytest.mark.parametrize("words", [0, 4])

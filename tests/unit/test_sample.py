@@ -215,7 +215,7 @@ def test_cells_are_drawn_with_as_many_threads_as_are_fastest(monkeypatch, faster
 
     def slow_otherwise(*arguments):
         seen.append(torch.get_num_threads())
-        time.sleep(0.0 if seen[-1] == faster else 0.1)
+        time.sleep(0.0 if seen[-1] == faster else 0.5)
         return step(*arguments)
 
     monkeypatch.setattr(Decoder, "step", slow_otherwise)
