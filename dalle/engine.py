@@ -74,6 +74,8 @@ class Engine:
         self.dropped = 0  # updates dropped in a row
         self.passes = 0  # backward passes since the last update
         self.buckets = self._make_buckets()
+        if self.buckets is not None:
+            self._begin_alike()
 
     def arithmetic(self) -> AbstractContextManager[object]:
         """The context for forward passes."""
@@ -149,6 +151,14 @@ class Engine:
 
     def _make_buckets(self) -> Buckets | None:
         return Buckets(list(self.named.values()), self._exchange) if self.topology.world > 1 else None
+
+    @torch.no_grad()
+    def _begin_alike(self) -> None:
+        """Process 0's weights for all: what each finds in data by itself may differ in the last bits."""
+        for p in self.model.parameters():
+            p.copy_(self.topology.broadcast(p.detach().cpu().contiguous()))
+        for average, p in zip(self.average.weights, self.parameters, strict=True):
+            average.copy_(p)
 
     def _exchange(self, parameters: Sequence[nn.Parameter]) -> Work[None]:
         """Average some gradients within a machine, and begin with their means over the machines."""

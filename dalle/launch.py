@@ -25,7 +25,8 @@ STORE, PARENT = "DALLE_STORE", "DALLE_PARENT"  # what `launch` tells its process
 
 def launched(environ: Mapping[str, str] = os.environ) -> bool:
     """Is this process one of several, started by `launch`, torchrun, deepspeed or Slurm?"""
-    return "WORLD_SIZE" in environ or "SLURM_STEP_NUM_TASKS" in environ
+    # A shell that Slurm opened for one task (`srun --pty bash`) is no such process.
+    return "WORLD_SIZE" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
 def launch(

@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 Batch = TypeVar("Batch")
 
-GRACE = 30  # seconds between a SIGTERM and the end of a worker; the parent has stopped it long before
+# Seconds between a SIGTERM and the end of a worker that its parent has not stopped by then: the parent ends
+# its update and may save first. A worker without a parent ends by itself within seconds.
+GRACE = 600
 
 _open: WeakSet[Generator[Any, None, None]] = WeakSet()
 

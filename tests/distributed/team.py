@@ -210,6 +210,13 @@ def born() -> dict[str, Any]:
     return result
 
 
+def alike() -> list[list[float]]:
+    """Sums of the weights and their averages in each process, where each began with others."""
+    one = session(seed=3 + topology().rank, zero=0)
+    tensors = (*one.engine.parameters, *one.engine.average.weights)
+    return topology().gather([float(tensor.double().sum()) for tensor in tensors])
+
+
 def relay_with_muon(folder: str) -> dict[str, Any]:
     """The same with mean gradients of matrices."""
     return relay(folder, optimizer="muon")

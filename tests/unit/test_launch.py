@@ -140,6 +140,7 @@ def test_every_launcher_tells_the_place(environ):
 
 def test_alone_nothing_is_launched():
     assert not launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})  # a batch script outside of srun
+    assert not launched({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"})  # `srun --gpus=4 --pty bash`
 
 
 @pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK"])
