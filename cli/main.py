@@ -332,7 +332,7 @@ def bench(
 
 @app.command()
 def plan(
-    preset: opt.PlannedPreset = "paper",
+    preset: opt.PlannedPreset = None,
     gpus: opt.Gpus = 1,
     gpus_per_machine: opt.GpusPerMachine = 8,
     memory: opt.GpuMemory = "16GB",
@@ -341,12 +341,12 @@ def plan(
     rate: opt.Rate = None,
     within: opt.Within = 100.0,
     between: opt.Between = 12.5,
-    data: opt.Data = None,
+    data: opt.PlannedData = None,
     hours: opt.Hours = None,
     settings: opt.Settings = None,
     json: opt.Json = False,
 ) -> None:
-    """What a training of the prior takes: memory of each GPU, traffic, time; and what would fit."""
+    """What training the prior will take, before it is begun: memory of each GPU, traffic, time; what fits."""
     from dalle.ceiling import gemm_rate
     from dalle.cluster import Cluster, size_in_bytes
     from dalle.data.open import open_source
@@ -354,16 +354,21 @@ def plan(
     from dalle.plan_report import facts, show
     from dalle.precision import best_device, choose
 
+    if (data is None) != (hours is None):
+        raise DalleError("--data and --hours go together: both are needed to propose a run")
+    if hours is not None and (preset or settings):
+        raise DalleError(
+            "--data and --hours propose a preset and settings: leave out --preset and --set, "
+            "or plan with these alone"
+        )
     device = best_device()
     speed = rate * 1e12 if rate is not None else gemm_rate(device, choose("auto", device))
     cluster = Cluster(gpus, gpus_per_machine, size_in_bytes(memory), within * 1e9, between * 1e9, speed)
-    if (data is None) != (hours is None):
-        raise DalleError("--data and --hours go together: both are needed to propose a run")
     made = None
     if data is not None and hours is not None:
         made = propose(cluster, len(open_source(data, "train", 256)), hours)
         preset, settings = made.preset, [f"batch_size={made.batch_size}", f"steps={made.steps}"]
-    worked_out = make_plan(preset, cluster, zero=zero, rank=rank, settings=tuple(settings or ()))
+    worked_out = make_plan(preset or "paper", cluster, zero=zero, rank=rank, settings=tuple(settings or ()))
     if json:
         _echo_json(facts(worked_out, made))
     else:

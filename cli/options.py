@@ -177,7 +177,10 @@ DecoderFile = Annotated[Path, typer.Option(help="OpenAI's decoder.pkl.")]
 Batches = Annotated[int, typer.Option(min=1, help="Batches to look at.")]
 
 # plan
-PlannedPreset = Annotated[str, typer.Option(help="Of the prior: tiny, small, base or paper.")]
+PlannedPreset = Annotated[
+    str | None,
+    typer.Option(help="Of the prior: tiny, small, base or paper, which is the default.", show_default=False),
+]
 Gpus = Annotated[int, typer.Option(min=1, help="GPUs in all.")]
 GpusPerMachine = Annotated[int, typer.Option(min=1, help="GPUs of one machine.")]
 GpuMemory = Annotated[str, typer.Option(help="Memory of one GPU, such as 16GB.")]
@@ -188,19 +191,30 @@ PlannedZero = Annotated[
 Rank = Annotated[
     int | None,
     typer.Option(
-        min=0, help="Total rank of gradients between machines; 0: in full. By default the paper's rule.",
+        min=0,
+        help="Total rank that gradients are compressed to between machines; 0: sent in full. By default the "
+        "setting compression_rank, or else the paper's rule.",
         show_default=False,
     ),
 ]  # fmt: skip
 Rate = Annotated[
     float | None,
     typer.Option(
-        help="TFLOP/s of one GPU's matrix products; by default measured on this machine.", show_default=False
+        help="TFLOP/s of one GPU's matrix products; by default this machine's, measured.", show_default=False
     ),
 ]
 Within = Annotated[float, typer.Option(help="GB/s that a GPU sends within its machine.")]
 Between = Annotated[float, typer.Option(help="GB/s that a machine sends to others.")]
+PlannedData = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="With --hours: propose a preset, a batch and a number of steps for these pictures, named as for "
+        "train-dvae.",
+        show_default=False,
+    ),
+]
 Hours = Annotated[
     float | None,
-    typer.Option(help="Propose preset, batch and steps for --data in so many hours.", show_default=False),
+    typer.Option(help="With --data: propose what to train on it in so many hours.", show_default=False),
 ]
