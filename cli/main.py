@@ -118,6 +118,9 @@ def train_prior(
     from stage2_prior.train import resolve, train
 
     options = Options(run, data, preset, steps, _with_zero(settings, zero), minutes)
+    if show_config and not (run / "dvae" / "weights.safetensors").is_file():
+        _show_without_dvae(options)
+        return
     with joined(None if show_config else processes):  # first: it decides which GPU is this process' own
         codes = codes_of(run)
         began = read_json(run / "dvae" / "config.json")
@@ -163,6 +166,23 @@ def verify_resume(
             typer.echo(f"{stage}: {difference or 'identical'}")
     if any(found.values()):
         raise typer.Exit(1)
+
+
+def _show_without_dvae(options: Any) -> None:
+    """The settings of a prior whose dVAE is not trained yet: its codes are those of the preset's dVAE."""
+    from dataclasses import replace
+
+    from dalle.console import say
+    from dalle.runs import machine_preset, plan
+    from stage1_dvae.config import PRESETS as DVAE_PRESETS
+    from stage2_prior.config import PRESETS
+
+    shown = plan(options, "prior", PRESETS, default_preset=machine_preset())
+    if not shown.resumed:
+        dvae, _ = DVAE_PRESETS[shown.preset]
+        shown = replace(shown, model=replace(shown.model, grid=dvae.grid, image_vocab=dvae.vocab_size))
+        say(f"{options.run} holds no trained dvae: grid and image_vocab are those of the preset's")
+    shown.show()
 
 
 def _echo_json(found: Any) -> None:
