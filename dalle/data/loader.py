@@ -19,8 +19,8 @@ from dalle.errors import DalleError, DataError
 Prepare: TypeAlias = Callable[[Sample, np.random.Generator], tuple[Tensor, ...]]
 
 TRIES = 100  # bad samples in a row, after which the data is taken to be broken
-# Positions from a bad sample to the one tried next. A prime, so that every sample of an epoch has its turn, and
-# far, so that seldom one batch holds a sample twice: as itself and in the place of a bad one.
+# Positions from a bad sample to the one tried next. A prime, so that every sample of an epoch has its turn;
+# far, so that a batch seldom holds a sample twice: as itself and in the place of a bad one.
 LEAP = 1_000_000_007
 
 
@@ -38,7 +38,7 @@ class Loader:
 
     So a stream can be resumed at any sample, and is the same for any number of worker processes. Without
     `shuffle` position p holds sample p modulo the length of the source. A bad sample's place is taken by the
-    next readable one of its epoch in steps of `LEAP` positions: among the shuffled, because bad ones often lie
+    next readable one of its epoch in steps of `LEAP` positions: among the shuffled, for bad ones often lie
     together. `skipped` grows by its key and the reason as batches are handed out.
 
     Args:
