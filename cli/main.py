@@ -26,17 +26,20 @@ DEFAULT_RUN = Path("runs/default")
 
 @app.command()
 def demo(minutes: opt.Minutes = 12.0, run: opt.DemoRun = Path("runs/demo")) -> None:
-    """The whole road on built-in drawings: train both stages, draw unseen prompts, judge, write a report."""
+    """The whole road on built-in drawings: train both stages, draw unseen prompts, judge, write a report.
+
+    The same command again goes on where it stopped.
+    """
     from dalle.demo import demo as whole_road
 
     if not whole_road(run, minutes):
         raise typer.Exit(1)
-    typer.echo(run / "report.html")
+    _echo_path(run / "report.html")
 
 
 @app.command()
 def evaluate(
-    run: opt.Run = DEFAULT_RUN,
+    run: opt.TrainedRun = DEFAULT_RUN,
     prompts: opt.PromptsOfAKind = 100,
     seed: opt.Seed = 0,
     temperature: opt.Temperature = 1.0,
@@ -46,7 +49,10 @@ def evaluate(
     out: opt.ReportFolder = None,
     json: opt.Json = False,
 ) -> None:
-    """Draw unseen prompts of the built-in scenes and judge them; writes report.html and report.json."""
+    """Draw prompts of the built-in scenes that training never saw, judge each picture, write a report.
+
+    For models trained on scenes. Prints the path of report.html; report.json lies beside it.
+    """
     from dalle.builtin import FOLDER, find_run
     from dalle.process import suit_computing
     from dalle.report import judge_and_report
@@ -64,7 +70,7 @@ def evaluate(
     if json:
         _echo_json(figures)
     else:
-        typer.echo(folder / "report.html")
+        _echo_path(folder / "report.html")
 
 
 @app.command("train-dvae")
@@ -142,7 +148,10 @@ def verify_resume(
     run: opt.RunArgument = DEFAULT_RUN,
     json: opt.Json = False,
 ) -> None:
-    """Replay three updates of each stage, with and without a stop: is what was saved all that counts?"""
+    """Check that a stop changes nothing: make the next three updates with and without one, and compare.
+
+    Both stages are tried; nothing in the run folder changes. Exits with 1 where anything differs.
+    """
     from dalle.errors import CheckpointError
     from dalle.pipeline import codes_of
     from dalle.runs import Options
@@ -189,6 +198,10 @@ def _echo_json(found: Any) -> None:
     typer.echo(dumps(found, indent=2))
 
 
+def _echo_path(path: Path) -> None:
+    typer.echo(os.fsencode(path))  # whatever bytes its name is of: other programs can open what they read
+
+
 def _become_several(processes: int | None, show_config: bool, machines: int | None = None) -> None:
     """With --processes or --machines: run this command as so many processes, and end as they do."""
     from dalle.launch import launch, launched
@@ -204,10 +217,10 @@ def _with_zero(settings: list[str] | None, zero: int | None) -> tuple[str, ...]:
 
 @app.command()
 def export(
-    run: opt.TrainedRun,
+    run: opt.TrainedRunArgument,
     out: opt.NewFolder,
 ) -> None:
-    """What drawing needs of a run, to hand on: weights in 16 bits, no training states."""
+    """Copy what drawing needs of a run, to hand on: weights in 16 bits, no training states."""
     from dalle.console import say
     from dalle.export import export as write
 
@@ -230,11 +243,14 @@ def sample(
     weights: opt.DrawingWeights = "auto",
     preview: opt.Preview = False,
 ) -> None:
-    """Draw pictures for prompts; prints the paths of the PNGs, and of a sheet of all if they are several."""
+    """Draw pictures for prompts; prints the path of each PNG and, for several, of a sheet that shows all.
+
+    A .json beside each says how it was made.
+    """
     from dalle.builtin import ABOUT, FOLDER, NAME, find_run
     from dalle.checkpoint import fingerprint, refuse_unwritable
     from dalle.console import Bar, say
-    from dalle.drawings import previewing, save_drawings
+    from dalle.drawings import previewing, readable, save_drawings
     from dalle.pipeline import TextToImage
     from dalle.process import suit_computing
     from stage2_prior.sample import Sampling
@@ -257,7 +273,7 @@ def sample(
     total = len(captions) * model.prior.config.cells
     how = model.resolve(sampling)
     made = {
-        "run": NAME if builtin else str(run),
+        "run": NAME if builtin else readable(run),
         "prior": fingerprint(run / "prior" / "weights.safetensors"),
         "weights": weights,
         "seed": seed,
@@ -271,7 +287,7 @@ def sample(
         paths = save_drawings(out, pictures, captions, n, made)
     say(f"drew {len(captions)} picture{'s' if len(captions) > 1 else ''} in {bar.clock.seconds:.1f} s")
     for path in paths:
-        typer.echo(path)
+        _echo_path(path)
 
 
 def _standard_input() -> list[str]:
@@ -282,13 +298,13 @@ def _standard_input() -> list[str]:
 @app.command()
 def reconstruct(
     images: opt.Images,
-    run: opt.Run = DEFAULT_RUN,
+    run: opt.TrainedRun = DEFAULT_RUN,
     out: opt.ReconstructionFolder = None,
 ) -> None:
-    """Pictures through the dVAE and back; prints the path of each pair, before and after."""
+    """Pass pictures through the dVAE and back; prints the path of each pair, before and after."""
     from dalle.builtin import FOLDER, find_run
     from dalle.checkpoint import refuse_unwritable
-    from dalle.drawings import save_reconstructions
+    from dalle.drawings import readable, save_reconstructions
     from dalle.pipeline import fingerprint_of
     from dalle.precision import best_device
     from stage1_dvae.model import DVAE
@@ -297,8 +313,9 @@ def reconstruct(
     model = DVAE.load(found / "dvae", best_device())
     folder = out or (Path() if found == FOLDER else run) / "reconstructions"
     refuse_unwritable(folder)
-    for path in save_reconstructions(folder, model, images, {"run": str(run), "dvae": fingerprint_of(found)}):
-        typer.echo(path)
+    made = {"run": readable(run), "dvae": fingerprint_of(found)}
+    for path in save_reconstructions(folder, model, images, made):
+        _echo_path(path)
 
 
 @app.command("import-dvae")
@@ -307,7 +324,10 @@ def import_dvae(
     decoder: opt.DecoderFile,
     run: opt.Run,
 ) -> None:
-    """Take over OpenAI's released dVAE. Nothing in the two files is executed: only tensors are read."""
+    """Put OpenAI's released dVAE into a run, in place of train-dvae.
+
+    Nothing in the two files is executed: only tensors are read.
+    """
     from dalle.console import say
     from stage1_dvae.released import import_released
 
@@ -320,7 +340,7 @@ def import_dvae(
 
 @app.command()
 def info(
-    run: opt.RunArgument = DEFAULT_RUN,
+    run: opt.TrainedRunArgument = DEFAULT_RUN,
     json: opt.Json = False,
 ) -> None:
     """What a run folder holds: shapes, parameters, steps, data, the last metrics."""
@@ -339,7 +359,7 @@ def bench(
     json: opt.Json = False,
     out: opt.BenchFolder = None,
 ) -> None:
-    """Measure training, drawing, the dVAE and data reading, beside what this machine reaches: 2 minutes."""
+    """Measure how fast this machine trains, draws, encodes and reads, beside its limits: 2 minutes."""
     from dalle.bench import bench as measure
     from dalle.bench import report
 
@@ -397,12 +417,12 @@ def plan(
 
 @app.command("audit-precision")
 def audit_precision(
-    run: opt.TrainedRun = DEFAULT_RUN,
+    run: opt.TrainedRunArgument = DEFAULT_RUN,
     batches: opt.Batches = 4,
-    data: opt.Data = None,
+    data: opt.AuditedData = None,
     json: opt.Json = False,
 ) -> None:
-    """Which gradients of the prior fp16 would lose: under one scale, and under one for each resblock."""
+    """Count gradients of the prior that fp16 would lose: under one scale, and under one for each resblock."""
     from dalle.audit import describe
     from dalle.builtin import find_run
     from dalle.pipeline import codes_of
