@@ -26,17 +26,20 @@ DEFAULT_RUN = Path("runs/default")
 
 @app.command()
 def demo(minutes: opt.Minutes = 12.0, run: opt.DemoRun = Path("runs/demo")) -> None:
-    """The whole road on built-in drawings: train both stages, draw unseen prompts, judge, write a report."""
+    """The whole road on built-in drawings: train both stages, draw unseen prompts, judge, write a report.
+
+    The same command again goes on where it stopped.
+    """
     from dalle.demo import demo as whole_road
 
     if not whole_road(run, minutes):
         raise typer.Exit(1)
-    typer.echo(run / "report.html")
+    _echo_path(run / "report.html")
 
 
 @app.command()
 def evaluate(
-    run: opt.Run = DEFAULT_RUN,
+    run: opt.TrainedRun = DEFAULT_RUN,
     prompts: opt.PromptsOfAKind = 100,
     seed: opt.Seed = 0,
     temperature: opt.Temperature = 1.0,
@@ -46,7 +49,10 @@ def evaluate(
     out: opt.ReportFolder = None,
     json: opt.Json = False,
 ) -> None:
-    """Draw unseen prompts of the built-in scenes and judge them; writes report.html and report.json."""
+    """Draw prompts of the built-in scenes that training never saw, judge each picture, write a report.
+
+    For models trained on scenes. Prints the path of report.html; report.json lies beside it.
+    """
     from dalle.builtin import FOLDER, find_run
     from dalle.process import suit_computing
     from dalle.report import judge_and_report
@@ -64,7 +70,7 @@ def evaluate(
     if json:
         _echo_json(figures)
     else:
-        typer.echo(folder / "report.html")
+        _echo_path(folder / "report.html")
 
 
 @app.command("train-dvae")
@@ -118,6 +124,9 @@ def train_prior(
     from stage2_prior.train import resolve, train
 
     options = Options(run, data, preset, steps, _with_zero(settings, zero), minutes)
+    if show_config and not (run / "dvae" / "weights.safetensors").is_file():
+        _show_without_dvae(options)
+        return
     with joined(None if show_config else processes):  # first: it decides which GPU is this process' own
         codes = codes_of(run)
         began = read_json(run / "dvae" / "config.json")
@@ -139,7 +148,10 @@ def verify_resume(
     run: opt.RunArgument = DEFAULT_RUN,
     json: opt.Json = False,
 ) -> None:
-    """Replay three updates of each stage, with and without a stop: is what was saved all that counts?"""
+    """Check that a stop changes nothing: make the next three updates with and without one, and compare.
+
+    Both stages are tried; nothing in the run folder changes. Exits with 1 where anything differs.
+    """
     from dalle.errors import CheckpointError
     from dalle.pipeline import codes_of
     from dalle.runs import Options
@@ -165,8 +177,29 @@ def verify_resume(
         raise typer.Exit(1)
 
 
+def _show_without_dvae(options: Any) -> None:
+    """The settings of a prior whose dVAE is not trained yet: its codes are those of the preset's dVAE."""
+    from dataclasses import replace
+
+    from dalle.console import say
+    from dalle.runs import machine_preset, plan
+    from stage1_dvae.config import PRESETS as DVAE_PRESETS
+    from stage2_prior.config import PRESETS
+
+    shown = plan(options, "prior", PRESETS, default_preset=machine_preset())
+    if not shown.resumed:
+        dvae, _ = DVAE_PRESETS[shown.preset]
+        shown = replace(shown, model=replace(shown.model, grid=dvae.grid, image_vocab=dvae.vocab_size))
+        say(f"{options.run} holds no trained dvae: grid and image_vocab are those of the preset's")
+    shown.show()
+
+
 def _echo_json(found: Any) -> None:
     typer.echo(dumps(found, indent=2))
+
+
+def _echo_path(path: Path) -> None:
+    typer.echo(os.fsencode(path))  # whatever bytes its name is of: other programs can open what they read
 
 
 def _become_several(processes: int | None, show_config: bool, machines: int | None = None) -> None:
@@ -184,10 +217,10 @@ def _with_zero(settings: list[str] | None, zero: int | None) -> tuple[str, ...]:
 
 @app.command()
 def export(
-    run: opt.TrainedRun,
+    run: opt.TrainedRunArgument,
     out: opt.NewFolder,
 ) -> None:
-    """What drawing needs of a run, to hand on: weights in 16 bits, no training states."""
+    """Copy what drawing needs of a run, to hand on: weights in 16 bits, no training states."""
     from dalle.console import say
     from dalle.export import export as write
 
@@ -210,11 +243,14 @@ def sample(
     weights: opt.DrawingWeights = "auto",
     preview: opt.Preview = False,
 ) -> None:
-    """Draw pictures for prompts; prints the paths of the PNGs, and of a sheet of all if they are several."""
+    """Draw pictures for prompts; prints the path of each PNG and, for several, of a sheet that shows all.
+
+    A .json beside each says how it was made.
+    """
     from dalle.builtin import ABOUT, FOLDER, NAME, find_run
     from dalle.checkpoint import fingerprint, refuse_unwritable
     from dalle.console import Bar, say
-    from dalle.drawings import previewing, save_drawings
+    from dalle.drawings import previewing, readable, save_drawings
     from dalle.pipeline import TextToImage
     from dalle.process import suit_computing
     from stage2_prior.sample import Sampling
@@ -237,7 +273,7 @@ def sample(
     total = len(captions) * model.prior.config.cells
     how = model.resolve(sampling)
     made = {
-        "run": NAME if builtin else str(run),
+        "run": NAME if builtin else readable(run),
         "prior": fingerprint(run / "prior" / "weights.safetensors"),
         "weights": weights,
         "seed": seed,
@@ -251,7 +287,7 @@ def sample(
         paths = save_drawings(out, pictures, captions, n, made)
     say(f"drew {len(captions)} picture{'s' if len(captions) > 1 else ''} in {bar.clock.seconds:.1f} s")
     for path in paths:
-        typer.echo(path)
+        _echo_path(path)
 
 
 def _standard_input() -> list[str]:
@@ -262,13 +298,13 @@ def _standard_input() -> list[str]:
 @app.command()
 def reconstruct(
     images: opt.Images,
-    run: opt.Run = DEFAULT_RUN,
+    run: opt.TrainedRun = DEFAULT_RUN,
     out: opt.ReconstructionFolder = None,
 ) -> None:
-    """Pictures through the dVAE and back; prints the path of each pair, before and after."""
+    """Pass pictures through the dVAE and back; prints the path of each pair, before and after."""
     from dalle.builtin import FOLDER, find_run
     from dalle.checkpoint import refuse_unwritable
-    from dalle.drawings import save_reconstructions
+    from dalle.drawings import readable, save_reconstructions
     from dalle.pipeline import fingerprint_of
     from dalle.precision import best_device
     from stage1_dvae.model import DVAE
@@ -277,8 +313,9 @@ def reconstruct(
     model = DVAE.load(found / "dvae", best_device())
     folder = out or (Path() if found == FOLDER else run) / "reconstructions"
     refuse_unwritable(folder)
-    for path in save_reconstructions(folder, model, images, {"run": str(run), "dvae": fingerprint_of(found)}):
-        typer.echo(path)
+    made = {"run": readable(run), "dvae": fingerprint_of(found)}
+    for path in save_reconstructions(folder, model, images, made):
+        _echo_path(path)
 
 
 @app.command("import-dvae")
@@ -287,7 +324,10 @@ def import_dvae(
     decoder: opt.DecoderFile,
     run: opt.Run,
 ) -> None:
-    """Take over OpenAI's released dVAE. Nothing in the two files is executed: only tensors are read."""
+    """Put OpenAI's released dVAE into a run, in place of train-dvae.
+
+    Nothing in the two files is executed: only tensors are read.
+    """
     from dalle.console import say
     from stage1_dvae.released import import_released
 
@@ -300,7 +340,7 @@ def import_dvae(
 
 @app.command()
 def info(
-    run: opt.RunArgument = DEFAULT_RUN,
+    run: opt.TrainedRunArgument = DEFAULT_RUN,
     json: opt.Json = False,
 ) -> None:
     """What a run folder holds: shapes, parameters, steps, data, the last metrics."""
@@ -319,7 +359,7 @@ def bench(
     json: opt.Json = False,
     out: opt.BenchFolder = None,
 ) -> None:
-    """Measure training, drawing, the dVAE and data reading, beside what this machine reaches: 2 minutes."""
+    """Measure how fast this machine trains, draws, encodes and reads, beside its limits: 2 minutes."""
     from dalle.bench import bench as measure
     from dalle.bench import report
 
@@ -332,7 +372,7 @@ def bench(
 
 @app.command()
 def plan(
-    preset: opt.PlannedPreset = "paper",
+    preset: opt.PlannedPreset = None,
     gpus: opt.Gpus = 1,
     gpus_per_machine: opt.GpusPerMachine = 8,
     memory: opt.GpuMemory = "16GB",
@@ -341,12 +381,12 @@ def plan(
     rate: opt.Rate = None,
     within: opt.Within = 100.0,
     between: opt.Between = 12.5,
-    data: opt.Data = None,
+    data: opt.PlannedData = None,
     hours: opt.Hours = None,
     settings: opt.Settings = None,
     json: opt.Json = False,
 ) -> None:
-    """What a training of the prior takes: memory of each GPU, traffic, time; and what would fit."""
+    """What training the prior will take, before it is begun: memory of each GPU, traffic, time; what fits."""
     from dalle.ceiling import gemm_rate
     from dalle.cluster import Cluster, size_in_bytes
     from dalle.data.open import open_source
@@ -354,16 +394,21 @@ def plan(
     from dalle.plan_report import facts, show
     from dalle.precision import best_device, choose
 
+    if (data is None) != (hours is None):
+        raise DalleError("--data and --hours go together: both are needed to propose a run")
+    if hours is not None and (preset or settings):
+        raise DalleError(
+            "--data and --hours propose a preset and settings: leave out --preset and --set, "
+            "or plan with these alone"
+        )
     device = best_device()
     speed = rate * 1e12 if rate is not None else gemm_rate(device, choose("auto", device))
     cluster = Cluster(gpus, gpus_per_machine, size_in_bytes(memory), within * 1e9, between * 1e9, speed)
-    if (data is None) != (hours is None):
-        raise DalleError("--data and --hours go together: both are needed to propose a run")
     made = None
     if data is not None and hours is not None:
         made = propose(cluster, len(open_source(data, "train", 256)), hours)
         preset, settings = made.preset, [f"batch_size={made.batch_size}", f"steps={made.steps}"]
-    worked_out = make_plan(preset, cluster, zero=zero, rank=rank, settings=tuple(settings or ()))
+    worked_out = make_plan(preset or "paper", cluster, zero=zero, rank=rank, settings=tuple(settings or ()))
     if json:
         _echo_json(facts(worked_out, made))
     else:
@@ -372,12 +417,12 @@ def plan(
 
 @app.command("audit-precision")
 def audit_precision(
-    run: opt.TrainedRun = DEFAULT_RUN,
+    run: opt.TrainedRunArgument = DEFAULT_RUN,
     batches: opt.Batches = 4,
-    data: opt.Data = None,
+    data: opt.AuditedData = None,
     json: opt.Json = False,
 ) -> None:
-    """Which gradients of the prior fp16 would lose: under one scale, and under one for each resblock."""
+    """Count gradients of the prior that fp16 would lose: under one scale, and under one for each resblock."""
     from dalle.audit import describe
     from dalle.builtin import find_run
     from dalle.pipeline import codes_of

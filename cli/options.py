@@ -6,16 +6,19 @@ from typing import Annotated, Literal
 import typer
 
 # a run, and what it is trained with
-Run = Annotated[Path, typer.Option("--run", help="Run folder: everything of one model.")]
+Run = Annotated[Path, typer.Option("--run", help="Run folder, which holds everything of one model.")]
 RunArgument = Annotated[Path, typer.Argument(help="Run folder.")]
-TrainedRun = Annotated[Path, typer.Argument(help="Run folder of a trained model.")]
+TRAINED = "Run folder, or scenes: the built-in model."
+TrainedRun = Annotated[Path, typer.Option("--run", help=TRAINED)]
+TrainedRunArgument = Annotated[Path, typer.Argument(help=TRAINED)]
+KINDS = (
+    "Pictures with captions: scenes (built in), a folder of images with .txt captions, a .jsonl, .csv or "
+    ".tsv manifest, or WebDataset .tar shards."
+)
 Data = Annotated[
     str | None,
     typer.Option(
-        "--data",
-        help="Pictures with captions: scenes (built in), a folder of images with .txt captions, a .jsonl, "
-        ".csv or .tsv manifest, or WebDataset .tar shards. By default scenes, or what the run began with.",
-        show_default=False,
+        "--data", help=f"{KINDS} By default scenes, or what the run began with.", show_default=False
     ),
 ]
 Preset = Annotated[
@@ -30,21 +33,28 @@ Preset = Annotated[
 Steps = Annotated[
     int | None,
     typer.Option(
-        "--steps", min=0, help="Updates in all; a new run's schedules scale with it.", show_default=False
+        "--steps",
+        min=0,
+        help="Updates in all, with those already made; a new run's schedules scale with it.",
+        show_default=False,
     ),
 ]
 TrainingMinutes = Annotated[
     float | None,
     typer.Option(
         "--minutes",
-        help="In place of --steps: train for so long, from now on; the number of updates and a new run's "
-        "schedules are fitted to it on the way.",
+        help="In place of --steps: train for so many minutes from now on. The number of updates and a new "
+        "run's schedules are fitted to them on the way.",
         show_default=False,
     ),
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as --set lr=1e-3. Repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a setting, such as --set lr=1e-3; --show-config of a training lists all. Repeatable.",
+    ),
 ]
 Processes = Annotated[
     int | None,
@@ -72,8 +82,9 @@ Zero = Annotated[
         "--zero",
         min=0,
         max=3,
-        help="What several processes partition (DeepSpeed ZeRO): 1 the optimizer's moments, 2 gradients too, "
-        "3 weights too; 0 nothing. By default 1, or what the run has.",
+        help="What several processes divide among them in place of each holding all of it (DeepSpeed ZeRO): "
+        "0 nothing, 1 the optimizer's moments, 2 gradients too, 3 weights too. By default 1, or what the run "
+        "has.",
         show_default=False,
     ),
 ]
@@ -81,36 +92,43 @@ GrowFrom = Annotated[
     Path | None,
     typer.Option(
         "--grow-from",
-        help="Begin with what the prior of this run has learned: same pictures, depth and width, but codes "
-        "a whole number of times coarser. scenes names the built-in model.",
+        help="Run folder of another model: the new prior begins with what that one's has learned. Its "
+        "pictures, depth and width must be the same, its codes a whole number of times coarser. scenes: the "
+        "built-in model.",
         show_default=False,
     ),
 ]
 ShowConfig = Annotated[
-    bool, typer.Option("--show-config", help="Print every setting with the paper's value, and stop.")
+    bool,
+    typer.Option(
+        "--show-config", help="Print every setting, its meaning and the paper's value; train nothing."
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")]
 
 # demo
-Minutes = Annotated[float, typer.Option(help="How long it may take, about.")]
+Minutes = Annotated[float, typer.Option(help="About how many minutes it may take.")]
 DemoRun = Annotated[Path, typer.Option("--run", help="Run folder of the demo.")]
 
 # drawing: sample and evaluate
 Temperature = Annotated[
-    float, typer.Option(help="Below 1: likelier and less varied codes; 0: always the likeliest.")
+    float,
+    typer.Option(
+        help="1: as learned; below: likelier and less varied pictures; 0: always the likeliest code."
+    ),
 ]
 TopK = Annotated[int | None, typer.Option(help="Draw only from the K likeliest codes.", show_default=False)]
 TopP = Annotated[
     float | None,
     typer.Option(
-        help="Draw only from the likeliest codes that reach probability P; by default the run's own.",
+        help="Draw only from the likeliest codes that together have probability P; by default the run's own.",
         show_default=False,
     ),
 ]
 Guidance = Annotated[
     float | None,
     typer.Option(
-        help="Above 1: nearer to the caption and less varied; by default the run's own.",
+        help="Above 1: pictures nearer to the caption and less varied; by default the run's own.",
         show_default=False,
     ),
 ]
@@ -137,36 +155,53 @@ AtOnce = Annotated[
 DrawingWeights = Annotated[
     Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"],
     typer.Option(
-        help="The prior's weights while it draws. auto: as they are; bf16 on a GPU. On a CPU int8 and int4 "
-        "(8 and 4 bits) are faster, and where it computes in bf16, that for many pictures at once."
+        help="Number format of the prior's weights. auto: as saved on a CPU, bf16 on a GPU. On CPUs int8 and "
+        "int4 are faster, and bf16 helps only large models drawing many pictures; GPUs have bf16 and fp32."
     ),
 ]
 Preview = Annotated[
-    bool, typer.Option("--preview", help="Show what is drawn so far in preview.png, every few rows.")
+    bool,
+    typer.Option(
+        "--preview",
+        help="Every few rows, show what is drawn so far in preview.png, beside where the pictures will be.",
+    ),
 ]
-PromptsOfAKind = Annotated[int, typer.Option(min=1, help="Of every kind.")]
+PromptsOfAKind = Annotated[int, typer.Option(min=1, help="Prompts to draw of each of the six kinds.")]
 
 # where results go
 SampleFolder = Annotated[
     Path | None,
     typer.Option(
-        help="Folder for the pictures; by default R/samples, or samples for the built-in model.",
+        help="Folder for the pictures; by default samples in the run folder; samples in the working "
+        "directory for the built-in model.",
         show_default=False,
     ),
 ]
 ReconstructionFolder = Annotated[
     Path | None,
-    typer.Option(help="Folder for the results; by default R/reconstructions.", show_default=False),
+    typer.Option(
+        help="Folder for the pairs; by default reconstructions in the run folder; reconstructions in the "
+        "working directory for the built-in model.",
+        show_default=False,
+    ),
 ]
 ReportFolder = Annotated[
     Path | None,
-    typer.Option(help="Folder for report.html and report.json; by default the run's.", show_default=False),
+    typer.Option(
+        help="Folder for report.html and report.json; by default the run folder; evaluation in the working "
+        "directory for the built-in model.",
+        show_default=False,
+    ),
 ]
 BenchFolder = Annotated[
     Path | None,
-    typer.Option("--out", help="Folder for a dated JSON file and the table.", show_default=False),
+    typer.Option(
+        "--out",
+        help="Also write the table and a JSON file, named after the date, to this folder.",
+        show_default=False,
+    ),
 ]
-NewFolder = Annotated[Path, typer.Argument(help="A new folder.")]
+NewFolder = Annotated[Path, typer.Argument(help="A new or an empty folder.")]
 
 # what is read: reconstruct, import-dvae and audit-precision
 Images = Annotated[
@@ -175,9 +210,15 @@ Images = Annotated[
 EncoderFile = Annotated[Path, typer.Option(help="OpenAI's encoder.pkl.")]
 DecoderFile = Annotated[Path, typer.Option(help="OpenAI's decoder.pkl.")]
 Batches = Annotated[int, typer.Option(min=1, help="Batches to look at.")]
+AuditedData = Annotated[
+    str | None, typer.Option("--data", help=f"{KINDS} By default the run's own.", show_default=False)
+]
 
 # plan
-PlannedPreset = Annotated[str, typer.Option(help="Of the prior: tiny, small, base or paper.")]
+PlannedPreset = Annotated[
+    str | None,
+    typer.Option(help="Of the prior: tiny, small, base or paper, which is the default.", show_default=False),
+]
 Gpus = Annotated[int, typer.Option(min=1, help="GPUs in all.")]
 GpusPerMachine = Annotated[int, typer.Option(min=1, help="GPUs of one machine.")]
 GpuMemory = Annotated[str, typer.Option(help="Memory of one GPU, such as 16GB.")]
@@ -188,19 +229,30 @@ PlannedZero = Annotated[
 Rank = Annotated[
     int | None,
     typer.Option(
-        min=0, help="Total rank of gradients between machines; 0: in full. By default the paper's rule.",
+        min=0,
+        help="Total rank that gradients are compressed to between machines; 0: sent in full. By default the "
+        "setting compression_rank, or else the paper's rule.",
         show_default=False,
     ),
 ]  # fmt: skip
 Rate = Annotated[
     float | None,
     typer.Option(
-        help="TFLOP/s of one GPU's matrix products; by default measured on this machine.", show_default=False
+        help="TFLOP/s of one GPU's matrix products; by default this machine's, measured.", show_default=False
     ),
 ]
 Within = Annotated[float, typer.Option(help="GB/s that a GPU sends within its machine.")]
 Between = Annotated[float, typer.Option(help="GB/s that a machine sends to others.")]
+PlannedData = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="With --hours: propose a preset, a batch and a number of steps for these pictures, named as for "
+        "train-dvae.",
+        show_default=False,
+    ),
+]
 Hours = Annotated[
     float | None,
-    typer.Option(help="Propose preset, batch and steps for --data in so many hours.", show_default=False),
+    typer.Option(help="With --data: propose what to train on it in so many hours.", show_default=False),
 ]

@@ -1,8 +1,9 @@
 """What `sample` and `reconstruct` leave behind: PNGs that say how they were made, and sheets of them."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from dalle.checkpoint import read_json, write_json
+from dalle.console import say
 from dalle.data.augment import centre_crop
 from dalle.data.images import decode
 from dalle.data.source import BadSample
@@ -39,9 +41,10 @@ def save_drawings(
     for start in range(0, len(captions), n):
         prompt = captions[start]
         facts = [{"prompt": prompt, "picture": i, **made} for i in range(n)]
+        first = next(coming)  # before names are taken: where nothing can be drawn, none is left behind
         names = _free(folder, _stem(prompt), [f"-seed{made['seed']}-{i}" for i in range(n)], facts)
-        for path, fact in zip(names, facts, strict=True):
-            drawn.append(next(coming))
+        for i, (path, fact) in enumerate(zip(names, facts, strict=True)):
+            drawn.append(next(coming) if i else first)
             _save(path, drawn[-1], fact)
         paths += names
     if len(drawn) > 1:
@@ -59,21 +62,30 @@ def previewing(
 ) -> Iterator[Callable[[int, list[Image.Image]], None] | None]:
     """While it lasts, preview.png in the folder shows the pictures under way; None where that is not wanted.
 
+    It is preview-2.png and so on where there is such a file, and which one is told.
+
     Args:
         captions: the prompt of every picture that will be drawn.
     """
-    path, shown = folder / "preview.png", False
+    path: Path | None = None
 
     def show(first: int, pictures: list[Image.Image]) -> None:
-        nonlocal shown
+        nonlocal path
+        if path is None:
+            path = next(path for mark in _marks() if _taken(path := folder / f"preview{mark}.png"))
+            say(f"what is drawn so far: {path}")
         save_png(path, contact_sheet(pictures, captions[first : first + len(pictures)]))
-        shown = True
 
     try:
         yield show if wanted else None
     finally:
-        if shown:
+        if path is not None:
             path.unlink(missing_ok=True)
+
+
+def readable(path: Path) -> str:
+    """A path as text that can be written anywhere: bytes that are not UTF-8 are shown as \\xff."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _save(path: Path, picture: Image.Image, facts: Mapping[str, Any]) -> None:
@@ -88,9 +100,24 @@ def _stem(prompt: str) -> str:
 
 
 def _free(folder: Path, stem: str, endings: Sequence[str], facts: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Paths with a number on the stem if need be, so that no picture made otherwise is overwritten."""
+    """Paths with a number on the stem if need be, so that no picture made otherwise is overwritten.
+
+    From then on they are taken, for samplings at the same time too: by the .json of the first.
+    """
     tries = ([folder / f"{stem}{mark}{ending}.png" for ending in endings] for mark in _marks())
-    return next(paths for paths in tries if all(map(_is_free, paths, facts)))
+    free = (paths for paths in tries if all(map(_is_free, paths, facts)))
+    return next(
+        paths for paths in free if _taken(paths[0].with_suffix(".json")) or _is_free(paths[0], facts[0])
+    )
+
+
+def _taken(path: Path) -> bool:
+    """Make an empty file of this name; False where there is one already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        path.touch(exist_ok=False)
+        return True
+    return False
 
 
 def _marks() -> Iterator[str]:
@@ -101,10 +128,11 @@ def _marks() -> Iterator[str]:
 
 def _is_free(path: Path, facts: Mapping[str, Any]) -> bool:
     """Nothing lies there, or the same picture drawn before."""
-    if not path.exists():
+    beside = path.with_suffix(".json")
+    if not path.exists() and not beside.exists():
         return True
     try:
-        return read_json(path.with_suffix(".json")) == facts
+        return read_json(beside) == facts
     except CheckpointError:
         return False
 
@@ -133,8 +161,8 @@ def save_reconstructions(
         pixels = to_pixels(torch.from_numpy(cropped)[None]).to(device)
         with torch.inference_mode():
             pair = to_images(torch.cat([pixels, model.decode(model.encode(pixels))]))
-        facts = {"image": str(source.absolute()), **(made or {})}
-        (path,) = _free(folder, source.stem, ["-reconstruction"], [facts])
+        facts = {"image": readable(source.absolute()), **(made or {})}
+        (path,) = _free(folder, readable(Path(source.stem)), ["-reconstruction"], [facts])
         _save(path, grid([pair]), facts)
         paths.append(path)
     return paths

@@ -1,8 +1,8 @@
 """How a trained run becomes one that only draws, to hand on."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from stage2_prior.model import Prior
 def export(run: Path, out: Path) -> int:
     """Write all that drawing needs of `run` to `out`, weights in 16 bits; returns the bytes written.
 
+    Where that fails, `out` is left empty.
+
     Raises:
         CheckpointError: a stage is missing or damaged, they do not belong together, or there is something at
             `out` already.
@@ -28,16 +30,14 @@ def export(run: Path, out: Path) -> int:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out} is {'not empty' if out.is_dir() else 'a file'}: name a new folder")
     model = TextToImage.load(run, "cpu")  # refuses what could not draw
-    partial = out.with_name(f"{out.name}.partial")
     try:
-        _write_all(run, model.prior, model.dvae, partial)
-        if out.exists():
-            out.rmdir()
-        partial.replace(out)
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix="partial-", dir=out) as partial:
+            _write_all(run, model.prior, model.dvae, Path(partial))
+            for part in Path(partial).iterdir():
+                part.replace(out / part.name)
     except OSError as error:
         raise unwritable(out, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 

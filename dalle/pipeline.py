@@ -157,7 +157,7 @@ class TextToImage:
         """Draw `n` pictures for every prompt, in the order of the prompts, and give each when it is finished.
 
         The same (prompt, seed) gives the same pictures, whatever n is and whatever is drawn beside them; with
-        weights or inputs in bf16 or less, whose sums depend on n, some pictures in a hundred are others.
+        weights or inputs in bf16 or less, whose sums depend on n, about one picture in ten is another.
 
         Args:
             seed: decides the noise; one for all prompts, or one for each.

@@ -19,6 +19,9 @@ from dalle.errors import DalleError, DataError
 Prepare: TypeAlias = Callable[[Sample, np.random.Generator], tuple[Tensor, ...]]
 
 TRIES = 100  # bad samples in a row, after which the data is taken to be broken
+# Positions from a bad sample to the one tried next. A prime, so that every sample of an epoch has its turn;
+# far, so that a batch seldom holds a sample twice: as itself and in the place of a bad one.
+LEAP = 1_000_000_007
 
 
 @dataclass
@@ -35,7 +38,8 @@ class Loader:
 
     So a stream can be resumed at any sample, and is the same for any number of worker processes. Without
     `shuffle` position p holds sample p modulo the length of the source. A bad sample's place is taken by the
-    next readable one; `skipped` grows by its key and the reason as batches are handed out.
+    next readable one of its epoch in steps of `LEAP` positions: among the shuffled, for bad ones often lie
+    together. `skipped` grows by its key and the reason as batches are handed out.
 
     Args:
         prepare: gets all captions, and a generator of its own for every position. Must be picklable where
@@ -44,8 +48,8 @@ class Loader:
         workers: processes that read ahead; 0 reads in this one.
         min_side: pixels; a picture with a shorter side is a bad sample.
 
-    Raises `DataError` if the source is empty and, while reading, if there is nothing readable in `TRIES`
-    neighbouring samples.
+    Raises `DataError` if the source is empty and, while reading, if there is nothing readable among
+    `TRIES` samples.
     """
 
     def __init__(
@@ -106,11 +110,13 @@ class _Samples(Dataset[Batch]):
 
     def __getitem__(self, position: int) -> Batch:
         length = len(self.source)
-        index = shuffled(position, length, self.seed) if self.shuffle else position % length
+        epoch = position - position % length
         skipped: dict[str, str] = {}
         for step in range(min(TRIES, length)):
+            place = (position + step * LEAP) % length
+            index = shuffled(epoch + place, length, self.seed) if self.shuffle else place
             try:
-                return Batch(self.read((index + step) % length, self.rng(position)), skipped)
+                return Batch(self.read(index, self.rng(position)), skipped)
             except BadSample as bad:
                 skipped[bad.key] = bad.reason
             except DalleError as error:

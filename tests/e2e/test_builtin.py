@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from cli.main import _echo_path
 from dalle.builtin import FOLDER
 from dalle.evaluate import SPLITS, evaluate
 from dalle.pipeline import TextToImage
@@ -29,6 +30,19 @@ def test_pictures_through_it_do_not_hide_it_behind_a_folder_of_its_name(dalle, t
     assert done.code == 0, done.err
     assert done.out.startswith("reconstructions/")
     assert not (tmp_path / "scenes").exists()
+
+
+def test_names_that_are_not_utf_8_are_read_and_shown(dalle, tmp_path):
+    Image.new("RGB", (80, 80), "red").save(tmp_path / "caf\udce9.png")
+    done = dalle("reconstruct", "caf\udce9.png", "--run", "scenes", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.out == "reconstructions/caf\\xe9-reconstruction.png\n"
+    assert (tmp_path / done.out.strip()).is_file()
+
+
+def test_a_path_is_printed_in_its_own_bytes(capfdbinary):
+    _echo_path(Path("caf\udce9"))
+    assert capfdbinary.readouterr().out == b"caf\xe9\n"
 
 
 def test_it_is_what_draws_where_nothing_was_trained_yet_and_says_so(dalle, tmp_path):
@@ -78,3 +92,8 @@ def test_what_cannot_be_is_told_in_one_line(dalle, tmp_path, arguments, message)
     assert done.err.startswith(f"error: {message}")
     assert done.err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "reconstruct", "info", "export"])
+def test_commands_that_take_it_say_so(dalle, command):
+    assert "built-in model" in " ".join(dalle(command, "--help", environ={"COLUMNS": "200"}).out.split())

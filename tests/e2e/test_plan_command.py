@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
+
 from stage2_prior.config import PRESETS
 from stage2_prior.footprint import parameters
+from tests.e2e.warm import complaint
 
 
 def test_a_plan_for_machines_is_json_of_the_preset(dalle):
@@ -15,3 +18,9 @@ def test_a_plan_for_machines_is_json_of_the_preset(dalle):
     needed = told["memory"]["zero_0"]
     assert needed["weights"] == needed["gradients"] == 4 * told["parameters"]["all"]
     assert needed["activations"] > 0
+
+
+@pytest.mark.parametrize("more", [["--preset", "tiny"], ["--set", "optimizer=adamw"]])
+def test_a_proposal_refuses_what_it_would_choose_itself(dalle, more):
+    done = dalle("plan", "--data", "scenes", "--hours", 1, "--rate", 1, *more)
+    assert "leave out --preset and --set" in complaint(done)

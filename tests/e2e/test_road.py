@@ -205,6 +205,16 @@ def test_show_config_prints_all_settings_and_starts_nothing(dalle, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_show_config_of_the_prior_needs_no_dvae(dalle, tmp_path):
+    more = ("--preset", "tiny", "--set", "depth=7", "--show-config")
+    done = dalle("train-prior", "--run", tmp_path / "run", *more, environ={"COLUMNS": "200"})
+    assert done.code == 0, done.err
+    rows = {cells[1]: cells[3] for line in done.out.splitlines() if len(cells := line.split()) > 3}
+    assert (rows["depth"], rows["grid"], rows["image_vocab"]) == ("7", "9", "4096")
+    assert "grid and image_vocab are those of the preset's" in done.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_worker_processes_read_the_same_data(dalle, tmp_path):
     weights = {}
     for workers in (0, 1):

@@ -1,11 +1,13 @@
 """The files that `sample` and `reconstruct` leave behind."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dalle import drawings
 from dalle.drawings import previewing, save_drawings, save_reconstructions
 from dalle.errors import DataError
 from tests import tiny
@@ -142,11 +144,71 @@ def test_a_preview_lasts_as_long_as_the_drawing(tmp_path):
         assert show is None
 
 
-def test_a_preview_that_was_there_stays_where_nothing_was_drawn(tmp_path):
+def test_a_preview_that_was_there_stays(tmp_path, capsys):
     (tmp_path / "preview.png").write_bytes(b"mine")
-    with pytest.raises(DataError), previewing(tmp_path, ["a star"], True):
+    with previewing(tmp_path, ["a star"], True) as one, previewing(tmp_path, ["a star"], True) as other:
+        one(0, pictures(1))
+        other(0, pictures(1))
+        one(0, pictures(1))
+        shown = {path.name for path in tmp_path.iterdir()}
+    assert shown == {"preview.png", "preview-2.png", "preview-3.png"}
+    assert [line.split("/")[-1] for line in capsys.readouterr().err.split()[-1:]] == ["preview-3.png"]
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
+
+
+def test_samplings_at_the_same_time_do_not_take_one_name(tmp_path):
+    others = []
+
+    def coming():
+        for picture in pictures(2):
+            warm = MADE | {"temperature": 0.5 + len(others)}
+            others.extend(save_drawings(tmp_path, pictures(2), ["a star"] * 2, 2, warm)[:2])
+            yield picture
+
+    paths = save_drawings(tmp_path, coming(), ["a star"] * 2, 2, MADE)[:2]
+    assert len({*paths, *others}) == 6
+    for path, temperature in zip((*paths, *others), ("1.0", "1.0", "0.5", "0.5", "2.5", "2.5"), strict=True):
+        with Image.open(path) as picture:
+            assert picture.text["temperature"] == temperature
+
+
+@pytest.mark.parametrize("race", [True, False])
+def test_a_name_taken_in_the_last_moment_is_left_to_whom_took_it(tmp_path, monkeypatch, race):
+    """Between the look at a name and its taking another sampling has it."""
+    theirs = MADE | {"temperature": 0.5} if race else MADE
+    look = drawings._is_free
+
+    def late(path, facts):
+        free = look(path, facts)
+        monkeypatch.setattr(drawings, "_is_free", look)
+        save_drawings(tmp_path, pictures(1), ["a star"], 1, theirs)
+        return free
+
+    monkeypatch.setattr(drawings, "_is_free", late)
+    (path,) = save_drawings(tmp_path, pictures(1), ["a star"], 1, MADE)
+    assert path.name == ("a-star-2-seed3-0.png" if race else "a-star-seed3-0.png")
+
+
+def test_nothing_is_left_where_nothing_could_be_drawn(tmp_path):
+    def coming():
         raise DataError("too long")
-    assert (tmp_path / "preview.png").read_bytes() == b"mine"
+        yield
+
+    with pytest.raises(DataError):
+        save_drawings(tmp_path / "out", coming(), ["a star"], 1, MADE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_are_not_utf_8_are_written_readably(tmp_path):
+    sources = [tmp_path / os.fsdecode(name) for name in (b"caf\xe9.png", b"caf\xe8.png")]
+    for seed, source in enumerate(sources):
+        source.write_bytes(tiny.png(seed, (16, 16)))
+    paths = save_reconstructions(tmp_path / "out", tiny.dvae(), sources)
+    assert [path.name for path in paths] == ["caf\\xe9-reconstruction.png", "caf\\xe8-reconstruction.png"]
+    for path, name in zip(paths, ("caf\\xe9.png", "caf\\xe8.png"), strict=True):
+        assert json.loads(path.with_suffix(".json").read_text())["image"] == str(tmp_path / name)
+        with Image.open(path) as picture:
+            assert picture.text["image"] == str(tmp_path / name)
 
 
 def test_reconstructions_of_two_calls_do_not_replace_each_other(tmp_path):

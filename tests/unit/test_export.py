@@ -1,9 +1,14 @@
 """What is handed on of a run draws and encodes as the run does."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
 from dalle.checkpoint import fingerprint, load_tensors, read_json, save_weights, write_json
+from dalle.errors import CheckpointError
 from dalle.export import export
+from dalle.pipeline import TextToImage
 from tests import tiny
 
 
@@ -31,3 +36,32 @@ def test_an_empty_folder_may_be_exported_to_and_nothing_half_done_stays(tmp_path
     size = export(run, tmp_path / "out")
     assert size == sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_the_working_directory_can_be_filled(tmp_path, monkeypatch):
+    run = tiny.write_run(tmp_path / "run")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(run, Path())
+    assert TextToImage.load(Path())
+    assert (tmp_path / "here").samefile(Path.cwd())
+
+
+def test_what_lies_beside_is_left_alone_and_the_folder_is_as_readable_as_any(tmp_path):
+    run = tiny.write_run(tmp_path / "run")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("")
+    export(run, tmp_path / "out")
+    assert (tmp_path / "out.partial" / "mine").exists()
+    assert (tmp_path / "out").stat().st_mode == run.stat().st_mode
+
+
+def test_nothing_half_done_stays_where_writing_fails(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    run = tiny.write_run(tmp_path / "run")
+    monkeypatch.setattr("dalle.export.write_json", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        export(run, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
