@@ -72,7 +72,7 @@ def previewing(
     def show(first: int, pictures: list[Image.Image]) -> None:
         nonlocal path
         if path is None:
-            path = next(path for mark in _marks() if _taken(path := folder / f"preview{mark}.png"))
+            path = next(path for mark in _marks() if _take(path := folder / f"preview{mark}.png"))
             say(f"what is drawn so far: {path}")
         save_png(path, contact_sheet(pictures, captions[first : first + len(pictures)]))
 
@@ -107,11 +107,11 @@ def _free(folder: Path, stem: str, endings: Sequence[str], facts: Sequence[Mappi
     tries = ([folder / f"{stem}{mark}{ending}.png" for ending in endings] for mark in _marks())
     free = (paths for paths in tries if all(map(_is_free, paths, facts)))
     return next(
-        paths for paths in free if _taken(paths[0].with_suffix(".json")) or _is_free(paths[0], facts[0])
+        paths for paths in free if _take(paths[0].with_suffix(".json")) or _is_free(paths[0], facts[0])
     )
 
 
-def _taken(path: Path) -> bool:
+def _take(path: Path) -> bool:
     """Make an empty file of this name; False where there is one already."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
