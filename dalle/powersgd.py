@@ -32,6 +32,7 @@ from dalle.overlap import InTurn, Work, blocks, finished
 from dalle.piece import Piece
 from dalle.wire import Wire
 
+SCALE = 2.0**-10  # of factors in 1-6-9 on the wire, which hold sums of up to 2^14 then, and down to 2^-50
 LOSSES = 3  # samples in a row in which a plain mean was faster, before the user is told
 
 
@@ -364,10 +365,10 @@ class PowerSGD:
         """The means of these over the machines, and whether this machine's were not finite."""
         mine = list(factors)
         bad = [~_finite(each) for each in mine]
-        largest = SIGNED.largest
-        mine = [torch.nan_to_num(each, largest, largest, -largest) for each in mine]
+        largest, scale = SIGNED.largest, SCALE if self.packed else 1.0
+        mine = [torch.nan_to_num(each * scale, largest, largest, -largest) for each in mine]
         means = yield from self.wire.mean(mine, packed=self.packed)
-        return means, bad
+        return [each / scale for each in means], bad
 
     def _subtract(self, matrix: Matrix, sent: Tensor, bad_factors: Tensor, bad_sum: Tensor) -> None:
         """E −= Ĝ, or what the rules say."""

@@ -16,7 +16,7 @@ from tests.distributed.machines import on_machines
 
 pytestmark = pytest.mark.distributed
 
-RANK, STEPS = 4, 5
+RANK, STEPS, LARGE = 4, 5, 4.0
 # Name, shape of the parameter, the share held: wide, tall, with ragged ends, three matrices in one, too small
 # to save, a bias.
 SHARES = {
@@ -101,6 +101,11 @@ def overflow_of_the_other_factor(powersgd, pieces, machine, step):
         pieces[0].grad.view(12, 40)[:, 0] = 1.2e38
 
 
+def large(powersgd, pieces, machine, step):
+    for piece in pieces:  # sums over a row or a column then lie beyond 16, where 1-6-9 ends
+        piece.grad *= LARGE
+
+
 def sum_that_is_not_finite(powersgd, pieces, machine, step):
     if machine == 1 and step == 3:
         wide = next(matrix for matrix in powersgd._errors if matrix.name == "wide")
@@ -138,6 +143,7 @@ def saved_and_loaded(machine: int) -> dict[str, dict]:
 CASES = {
     "fp32": {},
     "16bit": {"factors": "16bit"},
+    "large": {"factors": "16bit", "spoil": large},
     "late": {"start": 3, "sample": 2},
     "forgetful": {"feedback": False},
     "gradient": {"spoil": nan_in_a_gradient},
@@ -225,6 +231,13 @@ def test_a_reduction_is_the_projection_of_the_mean_and_the_rest_waits(machines, 
                 np.testing.assert_allclose(got, low, atol=tolerance * np.abs(low).max())
                 held = machine[case]["errors"][step][name].double().numpy()
                 np.testing.assert_allclose(held, error.reshape(-1), atol=tolerance * np.abs(low).max())
+
+
+def test_factors_may_be_larger_than_their_format_in_16_bits(machines):
+    """They travel times a power of two, so that the same bits come out, but for the scale."""
+    for plain, large in zip(machines[0]["16bit"]["out"], machines[0]["large"]["out"], strict=True):
+        for name in RANKS:
+            assert torch.equal(large[name], LARGE * plain[name])
 
 
 def test_without_feedback_every_step_is_a_projection_of_its_own_gradient(machines):
