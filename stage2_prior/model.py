@@ -129,8 +129,8 @@ class Prior(nn.Module):
     def matrices(self) -> dict[str, int]:
         """The resblocks' matrices by name: all weights but gains, biases, embeddings and heads.
 
-        These are what the paper stores in 16 bits and compresses between machines (App. D and E). The number is
-        that of the matrices which lie below one another in the parameter: three in that of q, k and v.
+        These are what the paper stores in 16 bits and compresses between machines (App. D and E). Each comes
+        with the number of matrices that lie below one another in it: three in that of q, k and v.
         """
         found = [f"layers.{name}" for name, p in self.layers.named_parameters() if len(full_shape(p)) > 1]
         return {name: 3 if name.endswith("attention.qkv.weight") else 1 for name in found}

@@ -55,6 +55,7 @@ def test_the_papers_memory_of_a_gpu():
 
 def test_the_papers_run():
     training = PRESETS["paper"][1]
+    assert (training.zero, training.compression_rank, training.compression_start) == (3, 896, 0)
     run = cost(PAPER, training, Choice(3, "16bit", True, 1, rank=896), V100S)
     assert run.flops_6nd == pytest.approx(4.1e22, rel=0.01)
     assert run.flops > run.flops_6nd * 8 / 6  # activations are computed twice
