@@ -1,4 +1,4 @@
-"""The memory that `dalle plan` predicts for one process, beside what training takes: eight small runs.
+"""The memory that `dalle plan` predicts for one process, beside what training takes: ten small runs.
 
     python -m benchmarks.plan
 

@@ -6,9 +6,12 @@ All else is the same in the three: the data of `benchmarks.compression`, 16-bit 
 that the loss tells of nothing but the rounding of updates.
 """
 
+import math
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -24,19 +27,23 @@ from stage2_prior.loss import losses
 from stage2_prior.model import Prior
 
 STEPS, WARM, LR, LAST = 600, 30, 5e-4, 50
-SHAPE = PriorConfig(text_length=20, text_vocab=WORDS, image_vocab=FOLDED, grid=9, depth=4, width=128, heads=4)
-AT_RANDOM = packed.rounded_at_random
-RUNS = {
+Rounding = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+AT_RANDOM: Rounding = packed.rounded_at_random
+RUNS: dict[str, tuple[bool, Rounding]] = {
     "fp32": (False, AT_RANDOM),
     "fp16, at random": (True, AT_RANDOM),
     "fp16, to the nearest": (True, lambda values, noise: values.half()),
 }
 
 
-def train(data: dict[str, torch.Tensor], halved: bool) -> list[float]:
+def train(data: dict[str, torch.Tensor], halved: bool, rounded: Rounding) -> list[float]:
     """The loss of every update."""
     torch.manual_seed(0)
-    model = Prior(SHAPE)
+    shape = PriorConfig(
+        text_length=20, text_vocab=WORDS, image_vocab=FOLDED, grid=math.isqrt(data["codes"].shape[1]),
+        depth=4, width=128, heads=4,
+    )  # fmt: skip
+    model = Prior(shape)
     optimizer = packed.PackedAdamW(
         model, matrices=model.matrices(), halved=halved, betas=(0.9, 0.96), weight_decay=0.045
     )
@@ -49,7 +56,8 @@ def train(data: dict[str, torch.Tensor], halved: bool) -> list[float]:
         text, image = engine.run(losses, model, data["tokens"][mine], data["codes"][mine])
         loss = text / 8 + image * 7 / 8
         engine.backward(loss, 1)
-        engine.update(warmup(step, WARM) * cosine(step, STEPS, LR, LR / 32), step + 1)
+        with patch.object(packed, "rounded_at_random", rounded):
+            engine.update(warmup(step, WARM) * cosine(step, STEPS, LR, LR / 32), step + 1)
         found.append(loss.item())
     return found
 
@@ -60,8 +68,8 @@ def main() -> None:
         write_data(Path(folder) / "data.pt")
         data = torch.load(Path(folder) / "data.pt")
     found = {}
-    for name, (halved, packed.rounded_at_random) in RUNS.items():
-        found[name] = train(data, halved)
+    for name, (halved, rounded) in RUNS.items():
+        found[name] = train(data, halved, rounded)
         last = statistics.mean(found[name][-LAST:])
         print(
             f"| {name} | {last:.4f} | {last / statistics.mean(found['fp32'][-LAST:]) - 1:+.2%} |", flush=True

@@ -5,14 +5,19 @@ gradients are compressed between machines, over all GPUs otherwise. Beside it st
 weights in fp16. Activations are found by running a step on tensors without data (`stage2_prior.footprint`).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
+import torch
+
 from dalle.cluster import Choice, Cluster
+from dalle.low_rank import compressed
 from dalle.overlap import BLOCK
 from dalle.zero import BUCKET, LIVE
 from stage2_prior.config import PriorConfig, PriorTraining
 from stage2_prior.footprint import Footprint, flops, footprint, parameters
+from stage2_prior.model import Prior
 
 
 @dataclass(frozen=True)
@@ -105,11 +110,32 @@ def paper_memory(model: PriorConfig, batch: int, shards: int) -> Memory:
 
 
 def compression(rank: int, width: int, shards: int) -> float:
-    """Share of the bytes between machines that low rank saves for a layer's matrices.
+    """Share of the numbers between machines that low rank saves where matrices are cut as in the paper.
 
     Source: paper, App. E.1: 1 − r(m+2)/(2dm), which is 1 − 5r/8d for m = 8 GPUs a machine.
     """
     return 1 - rank * (shards + 2) / (2 * width * shards)
+
+
+@cache
+def low_rank(model: PriorConfig, rank: int, shards: int) -> tuple[int, int]:
+    """Numbers that a machine sends of the resblocks' matrices: of their factors, and of what is sent in full.
+
+    Each parameter is cut into so many equal runs, as ZeRO 3 cuts it; the paper cuts the second MLP matrix
+    along its other side. ZeRO 1 and 2 cut all of them together and leave nearly every matrix whole: one run.
+    """
+    with torch.device("meta"):
+        layer = Prior(replace(model, depth=1))
+    factors = plain = 0
+    for name, stacked in layer.matrices().items():
+        parameter = layer.get_parameter(name)
+        run = -(-parameter.numel() // shards)
+        for offset in range(0, parameter.numel(), run):
+            numel = min(run, parameter.numel() - offset)
+            matrices = compressed(name, tuple(parameter.shape), offset, numel, rank, stacked)
+            factors += sum(matrix.factors for matrix in matrices)
+            plain += numel - sum(matrix.numel for matrix in matrices)
+    return model.depth * factors, model.depth * plain
 
 
 @dataclass(frozen=True)
@@ -119,6 +145,7 @@ class Traffic:
     within: float  # by one GPU, to others of its machine
     between: float  # by one machine, to the others
     plain_between: float  # the same without compression
+    kept: float  # numbers that a machine sends of the resblocks' matrices, for each number of these
     within_seconds: float
     between_seconds: float
 
@@ -130,16 +157,16 @@ def traffic(model: PriorConfig, choice: Choice, cluster: Cluster) -> Traffic:
     all_reduce, gather = 2 * 4 * n * (m - 1) / m, 4 * n * (m - 1) / m
     within = {0: all_reduce, 1: all_reduce + gather, 2: all_reduce + gather, 3: 3 * gather}[choice.stage]
     ring = 2 * (machines - 1) / machines
-    plain = ring * 4.0 * n
+    plain, kept = ring * 4.0 * n, 1.0
     if choice.rank:
-        kept = 1 - compression(choice.rank, model.width, m)
-        between = ring * (2.0 * matrices * kept + 4.0 * rest)
-        if choice.stage == 0:  # nothing is shared out: every process of a machine sends all of it
-            between *= m
+        factors, whole = low_rank(model, choice.rank, m if choice.stage == 3 else 1)
+        senders = m if choice.stage == 0 else 1  # nothing is shared out: every process sends all of it
+        between = senders * ring * (2.0 * factors + 4.0 * (whole + rest))
+        kept = senders * (factors + whole) / matrices
     else:
         # Without it ZeRO partitions over all machines: stage 3 also gathers the weights across them.
         between = plain * {0: 1.0, 1: 1.5, 2: 1.5, 3: 1.5}[choice.stage]
-    return Traffic(within, between, plain, within / cluster.within, between / cluster.between)
+    return Traffic(within, between, plain, kept, within / cluster.within, between / cluster.between)
 
 
 @dataclass(frozen=True)

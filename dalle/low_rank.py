@@ -27,25 +27,36 @@ def paper_rank(width: int) -> int:
 
 
 class Matrix:
-    """What is compressed of a process' share of a parameter: its whole rows.
+    """A matrix so far as a process' share of its parameter holds whole rows of it.
 
     Args:
         name: of the parameter.
         shape: of the whole parameter.
         offset: where the share begins in the flattened parameter.
         numel: numbers of the share.
-        total_rank: of the whole parameter. A share has its part of it: r/m where there are m equal ones.
+        total_rank: of the whole matrix. A share has its part of it: r/m where there are m equal ones.
+        rows: those of the parameter that are the matrix; by default all.
     """
 
-    def __init__(self, name: str, shape: tuple[int, ...], offset: int, numel: int, total_rank: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        offset: int,
+        numel: int,
+        total_rank: int,
+        rows: range | None = None,
+    ) -> None:
         self.name, self.columns = name, math.prod(shape[1:])
-        first, last = -(-offset // self.columns), (offset + numel) // self.columns
+        rows = range(shape[0]) if rows is None else rows
+        first = max(rows.start, -(-offset // self.columns))
+        last = min(rows.stop, (offset + numel) // self.columns)
         self.rows = max(0, last - first)
         self.begin = first * self.columns - offset  # within the share
         self.end = self.begin + self.rows * self.columns
         self.offset = first * self.columns  # within the flattened parameter
         self.short, self.long = sorted((self.rows, self.columns))
-        self.rank = min(self.short, max(1, round(total_rank * self.rows / shape[0])))
+        self.rank = min(self.short, max(1, round(total_rank * self.rows / len(rows))))
 
     @property
     def numel(self) -> int:
@@ -66,6 +77,25 @@ class Matrix:
         """The numbers with the short side first: then the factor to be orthonormalised is the small one."""
         matrix = flat.view(self.rows, self.columns)
         return matrix if self.rows <= self.columns else matrix.t()
+
+
+def compressed(
+    name: str, shape: tuple[int, ...], offset: int, numel: int, total_rank: int, stacked: int
+) -> list[Matrix]:
+    """What is compressed of a process' share of a parameter, in its order: what that saves numbers of.
+
+    Args:
+        name: of the parameter.
+        shape: of the whole parameter.
+        offset: where the share begins in the flattened parameter.
+        numel: numbers of the share.
+        total_rank: of a whole matrix.
+        stacked: matrices that lie below one another in the parameter, each of which is one of its own.
+    """
+    height = shape[0] // stacked
+    parts = (range(i * height, (i + 1) * height) for i in range(stacked))
+    matrices = [Matrix(name, shape, offset, numel, total_rank, rows) for rows in parts]
+    return [matrix for matrix in matrices if 0 < matrix.factors < matrix.numel]
 
 
 def orthonormal(p: Float[Tensor, "m r"]) -> Float[Tensor, "m r"]:

@@ -37,7 +37,8 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         matrices = [p for n, p in named if len(full_shape(p)) > 1 and n not in plain]
-        vectors = [p for _, p in named if len(full_shape(p)) <= 1]  # gains and biases are not decayed
+        # Gains and biases are not decayed, nor are the prior's two start vectors.
+        vectors = [p for _, p in named if len(full_shape(p)) <= 1]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         if plain:
             moved = [p for n, p in named if n in plain]

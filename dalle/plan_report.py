@@ -33,7 +33,10 @@ def facts(plan: Plan, proposal: Proposal | None = None) -> dict[str, Any]:
         "fits": plan.fits,
         "memory": {f"zero_{stage}": of(needed) for stage, needed in plan.stages.items()},
         "memory_of_the_paper": of(plan.paper),
-        "compression": compression(plan.choice.rank, plan.model.width, shards) if plan.choice.rank else 0.0,
+        "compression": 1 - plan.sent.kept,
+        "compression_of_the_paper": (
+            compression(plan.choice.rank, plan.model.width, shards) if plan.choice.rank else 0.0
+        ),
         "traffic": asdict(plan.sent),
         "cost": asdict(plan.cost),
         "steps": plan.training.steps,
@@ -73,10 +76,11 @@ def words(plan: Plan) -> list[str]:
             text += f", {sent.between / GB:.3g} GB by a machine to others ({sent.between_seconds:.3g} s)"
         lines.append(f"sent in an update: {text}")
     if plan.choice.rank:
-        saved = compression(plan.choice.rank, plan.model.width, cluster.gpus // cluster.machines)
+        paper = 1 - compression(plan.choice.rank, plan.model.width, cluster.gpus // cluster.machines)
         lines.append(
-            f"compressed to rank {plan.choice.rank} between machines: {saved:.0%} fewer numbers, "
-            f"{1 - sent.between / sent.plain_between:.0%} fewer bytes than plain fp32"
+            f"compressed to rank {plan.choice.rank} between machines: {sent.kept:.0%} of the numbers of "
+            f"matrices ({paper:.0%} as the paper cuts them), {sent.between / sent.plain_between:.0%} of the "
+            "bytes of plain fp32"
         )
     lines.append(
         f"a step takes {c.step_seconds:.3g} s ({c.compute_seconds:.3g} s of matrix products at "

@@ -15,7 +15,7 @@ Source: paper, §4 and App. E; Vogels et al. 2019.
 
 import math
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,13 +25,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dalle.console import warn
-from dalle.low_rank import Matrix, orthonormal
+from dalle.low_rank import Matrix, compressed, orthonormal
 from dalle.minifloat import SIGNED
 from dalle.optim import full_shape
 from dalle.overlap import InTurn, Work, blocks, finished
 from dalle.piece import Piece
 from dalle.wire import Wire
 
+SCALE = 2.0**-10  # of factors in 1-6-9 on the wire, which hold sums of up to 2^14 then, and down to 2^-50
 LOSSES = 3  # samples in a row in which a plain mean was faster, before the user is told
 
 
@@ -82,14 +83,16 @@ class _Block:
     q: list[Tensor] = field(default_factory=list)
     means: list[Tensor] = field(default_factory=list)  # of `full`
 
-    def add(self, gradient: Tensor, matrix: Matrix | None) -> None:
-        """A gradient of which this matrix is compressed, if any; the rest of it is averaged in full."""
-        if matrix is None:
+    def add(self, gradient: Tensor, matrices: Sequence[Matrix]) -> None:
+        """A gradient of which these matrices are compressed, in its order; the rest is averaged in full."""
+        if not matrices:
             self.full.append(gradient)
             return
         flat = gradient.view(-1)
-        self.low.append((matrix, flat[matrix.begin : matrix.end]))
-        self.full += [end for end in (flat[: matrix.begin], flat[matrix.end :]) if end.numel()]
+        self.low += [(matrix, flat[matrix.begin : matrix.end]) for matrix in matrices]
+        begins = [0, *(matrix.end for matrix in matrices)]
+        ends = [*(matrix.begin for matrix in matrices), flat.numel()]
+        self.full += [flat[a:b] for a, b in zip(begins, ends, strict=True) if a < b]
 
 
 class PowerSGD:
@@ -98,7 +101,8 @@ class PowerSGD:
     Args:
         between: the processes of the same ordinal on all machines.
         within: the processes of this machine, where each holds another share; None where each holds all.
-        matrices: names of the parameters that are compressed.
+        matrices: names of the parameters that are compressed, and how many matrices lie below one another in
+            each.
         rank: total rank of a matrix, over its shares.
         factors: how P, Q and the error sums are held and sent: fp32, or 1-6-9.
         start: updates at the beginning that are averaged in full.
@@ -112,7 +116,7 @@ class PowerSGD:
         between: Any,
         within: Any = None,
         *,
-        matrices: Collection[str],
+        matrices: Mapping[str, int],
         rank: int,
         factors: Literal["fp32", "16bit"] = "16bit",
         start: int = 0,
@@ -121,12 +125,12 @@ class PowerSGD:
         feedback: bool = True,
     ) -> None:
         self.within, self.wire = within, Wire(between)
-        self.matrices, self.rank, self.packed = frozenset(matrices), rank, factors == "16bit"
+        self.matrices, self.rank, self.packed = dict(matrices), rank, factors == "16bit"
         self.start, self.sample, self.seed, self.feedback = start, sample, seed, feedback
         self.lost = 0  # samples in a row in which a plain mean was faster
-        self._matrices: dict[str, Matrix | None] = {}
-        self._errors: dict[str, Tensor] = {}  # E by name of the parameter, as they are held
-        self._projections: dict[str, Tensor] = {}  # Q₀ likewise
+        self._matrices: dict[str, list[Matrix]] = {}  # of each parameter's share
+        self._errors: dict[Matrix, Tensor] = {}  # E, as they are held
+        self._projections: dict[Matrix, Tensor] = {}  # Q₀ likewise
         self._exchanged: list[_Block] = []  # of the update that is going on
         self._seconds = 0.0  # spent on it
         self._number: int | None = None  # of it; None before the first one since the start
@@ -184,7 +188,8 @@ class PowerSGD:
         low = [each for block in exchanged for each in block.low]
         cosine = None
         if true:
-            cosine = self._cosine(low, [t for t, p in zip(true, pieces, strict=True) if self._compressed(p)])
+            means = zip(true, pieces, strict=True)
+            cosine = self._cosine(low, [mean for mean, piece in means for _ in self._compressed(piece)])
         plain_bytes = sum(piece.grad.nbytes for piece in pieces)
         self._warn_if_it_loses(self._seconds, plain_seconds if low else None)
         receipt = Receipt(norm, self.wire.bytes, plain_bytes, self._seconds, plain_seconds, cosine)
@@ -193,9 +198,9 @@ class PowerSGD:
 
     def formula(self, pieces: Sequence[Piece]) -> int:
         """Bytes that an update hands over once it compresses: r·(rows + columns) numbers for each matrix."""
-        matrices = [self._matrix(p) for p in pieces]
-        factors = sum(m.factors for m in matrices if m)
-        rest = sum(p.grad.numel() for p in pieces) - sum(m.numel for m in matrices if m)
+        matrices = [matrix for piece in pieces for matrix in self._of(piece)]
+        factors = sum(matrix.factors for matrix in matrices)
+        rest = sum(p.grad.numel() for p in pieces) - sum(matrix.numel for matrix in matrices)
         return (2 if self.packed else 4) * factors + 4 * rest
 
     def sums(self) -> dict[str, tuple[int, Tensor]]:
@@ -206,13 +211,19 @@ class PowerSGD:
 
         Source: paper, App. E.4.
         """
-        found = {}
-        for name, error in self._errors.items():
-            total = self._held(self.wire.sum(self._seen(error)))
-            matrix = self._matrices[name]
-            assert matrix is not None
-            self._errors[name] = self._held(self._seen(total) / self.wire.machines)
-            found[name] = matrix.offset, total
+        found: dict[str, tuple[int, Tensor]] = {}
+        for name, matrices in self._matrices.items():
+            for matrix in matrices:
+                if (error := self._errors.get(matrix)) is None:
+                    continue
+                total = self._held(self.wire.sum(self._seen(error)))
+                self._errors[matrix] = self._held(self._seen(total) / self.wire.machines)
+                if name not in found:
+                    numel = matrices[-1].offset + matrices[-1].numel - matrix.offset
+                    # All 0 between two matrices if the one there is averaged in full.
+                    found[name] = matrix.offset, total.new_zeros(numel)
+                begin, sums = found[name]
+                sums[matrix.offset - begin :][: matrix.numel] = total
         return found
 
     def load(
@@ -229,26 +240,26 @@ class PowerSGD:
             machines: how many there were; the mean over the machines is what has not been sent, so the parts
                 stay the same where there are others now.
         """
-        if matrix := self._plan(name, shape, offset, numel):
+        for matrix in self._plan(name, shape, offset, numel):
             sums = saved.flatten()[matrix.offset :][: matrix.numel]
             sums = SIGNED.unpack(sums) if sums.dtype == torch.uint16 else sums
-            self._errors[name] = self._held(sums / machines)
+            self._errors[matrix] = self._held(sums / machines)
 
-    def _matrix(self, piece: Piece) -> Matrix | None:
+    def _of(self, piece: Piece) -> list[Matrix]:
         return self._plan(piece.name, full_shape(piece.parameter), piece.offset, piece.grad.numel())
 
-    def _plan(self, name: str, shape: tuple[int, ...], offset: int, numel: int) -> Matrix | None:
-        """What is compressed of a share; None where nothing is, or nothing would be saved."""
+    def _plan(self, name: str, shape: tuple[int, ...], offset: int, numel: int) -> list[Matrix]:
+        """What is compressed of a share."""
         if name not in self._matrices:
-            matrix = Matrix(name, shape, offset, numel, self.rank) if name in self.matrices else None
-            worth_it = matrix is not None and 0 < matrix.factors < matrix.numel
-            self._matrices[name] = matrix if worth_it else None
+            stacked = self.matrices.get(name, 0)
+            found = compressed(name, shape, offset, numel, self.rank, stacked) if stacked else []
+            self._matrices[name] = found
         return self._matrices[name]
 
-    def _compressed(self, piece: Piece) -> Matrix | None:
+    def _compressed(self, piece: Piece) -> list[Matrix]:
         """What is compressed of it in this update."""
         assert self._number is not None
-        return self._matrix(piece) if self._number > self.start else None
+        return self._of(piece) if self._number > self.start else []
 
     def _sampled(self, step: int) -> bool:
         return bool(self.sample) and step % self.sample == 0
@@ -306,10 +317,10 @@ class PowerSGD:
 
     def _add_the_rest(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
-            matrix, error = self._matrix(piece), self._errors.pop(piece.name, None)
-            if matrix and error is not None:
-                own = piece.grad.view(-1)[matrix.begin : matrix.end]
-                own += self._seen(error.to(own.device))
+            for matrix in self._of(piece):
+                if (error := self._errors.pop(matrix, None)) is not None:
+                    own = piece.grad.view(-1)[matrix.begin : matrix.end]
+                    own += self._seen(error.to(own.device))
 
     def _warn_if_it_loses(self, seconds: float, plain_seconds: float | None) -> None:
         if plain_seconds is None:
@@ -331,39 +342,39 @@ class PowerSGD:
         return self._seen(self._held(values))
 
     def _projection(self, matrix: Matrix) -> Tensor:
-        if matrix.name not in self._projections:
-            drawn = matrix.projection(self.seed).to(self._errors[matrix.name].device)
-            self._projections[matrix.name] = self._held(drawn)
-        return self._seen(self._projections[matrix.name])
+        if matrix not in self._projections:
+            drawn = matrix.projection(self.seed).to(self._errors[matrix].device)
+            self._projections[matrix] = self._held(drawn)
+        return self._seen(self._projections[matrix])
 
     def _error(self, matrix: Matrix) -> Tensor:
-        return self._seen(self._errors[matrix.name])
+        return self._seen(self._errors[matrix])
 
     def _add_to_errors(self, block: _Block) -> None:
         """E += G where G is finite."""
         for matrix, gradient in block.low:
             bad = ~_finite(gradient)
             total = torch.where(bad, 0.0, gradient)
-            if (held := self._errors.get(matrix.name)) is not None and self.feedback:
+            if (held := self._errors.get(matrix)) is not None and self.feedback:
                 total = total + self._seen(held.to(total.device))
             block.bad_gradients.append(bad)
             block.bad_sums.append(~_finite(total))
-            self._errors[matrix.name] = self._held(total)
+            self._errors[matrix] = self._held(total)
 
     def _mean_factors(self, factors: Iterable[Tensor]) -> Work[tuple[list[Tensor], list[Tensor]]]:
         """The means of these over the machines, and whether this machine's were not finite."""
         mine = list(factors)
         bad = [~_finite(each) for each in mine]
-        largest = SIGNED.largest
-        mine = [torch.nan_to_num(each, largest, largest, -largest) for each in mine]
+        largest, scale = SIGNED.largest, SCALE if self.packed else 1.0
+        mine = [torch.nan_to_num(each * scale, largest, largest, -largest) for each in mine]
         means = yield from self.wire.mean(mine, packed=self.packed)
-        return means, bad
+        return [each / scale for each in means], bad
 
     def _subtract(self, matrix: Matrix, sent: Tensor, bad_factors: Tensor, bad_sum: Tensor) -> None:
         """E −= Ĝ, or what the rules say."""
         total = self._error(matrix)
         kept = torch.where(bad_sum, 0.0, total)
-        self._errors[matrix.name] = self._held(torch.where(bad_factors, kept, total - sent))
+        self._errors[matrix] = self._held(torch.where(bad_factors, kept, total - sent))
 
     def _whole_norm(self, squares: Tensor, bad: Tensor) -> float:
         if self.within is not None:

@@ -1,6 +1,6 @@
 """From settings to a model, an engine and a loader, for one process or for several."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -79,7 +79,7 @@ def shards(config: Training) -> Topology:
     return replace(here, shards=here.within)
 
 
-def make_compression(config: Training, matrices: Collection[str]) -> PowerSGD | None:
+def make_compression(config: Training, matrices: Mapping[str, int]) -> PowerSGD | None:
     """What compresses the gradients between machines, if these settings ask for it."""
     if not isinstance(config, LargeTraining) or not config.compression_rank:
         return None
@@ -112,7 +112,7 @@ def make_engine(
     precision: Arithmetic,
     *,
     variance_limit: float | None = None,
-    matrices: Collection[str] = (),
+    matrices: Mapping[str, int] = {},
 ) -> Engine:
     """The engine that these settings and the number of processes ask for.
 
@@ -122,7 +122,7 @@ def make_engine(
         precision: of the arithmetic.
         variance_limit: see `AdamW`.
         matrices: parameters whose moments may be held in 16 bits, whose gradients may be compressed, and that
-            muon may train.
+            muon may train, with the number of matrices that lie below one another in each.
     """
     here = shards(config)
     micro_batches = config.micro_batches(here.world)

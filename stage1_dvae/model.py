@@ -232,8 +232,9 @@ class DVAE(nn.Module):
     def encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b grid grid"]:
         """The most probable code of every cell (no noise: paper, §2.2).
 
-        The logits are exact even where training rounds them: codes that decode almost alike are told apart
-        by their last digits, and a picture has to have the same codes whenever it is read.
+        fp32 layers multiply their operands as they are, also where training in bf16 rounds them: codes that
+        decode almost alike are told apart by the last digits of their logits. The resblocks run in the
+        precision that the caller has set.
 
         Raises:
             ValueError: pixels of another shape or type.

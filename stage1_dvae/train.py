@@ -188,7 +188,8 @@ class Stage1:
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out ELBO; relaxed against hard reconstructions; a grid of both in pictures/.
 
-        Nothing is rounded as in training, since it is not when pictures are read later (`DVAE.encode`).
+        The two fp32 layers beside the codes multiply their operands as they are, as when pictures are read
+        later (`DVAE.encode`), also where training in bf16 rounds them. The resblocks run as in training.
         """
         sums: dict[str, float] = {}
         window = CodebookWindow(self.run.model.vocab_size)

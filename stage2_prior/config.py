@@ -192,9 +192,18 @@ PRESETS: dict[str, tuple[PriorConfig, PriorTraining]] = {
             save_every=5_000,
         ),
     ),
-    # Every number of the paper.
+    # The paper's architecture, losses and schedules, its partition and its compression between machines. Its
+    # precision and the formats of its weights and moments have to be asked for (docs/paper.md).
     "paper": (
         PriorConfig(),
-        PriorTraining(recompute=True, compression_rank=896, workers=8, eval_every=10_000, save_every=10_000),
+        PriorTraining(
+            zero=3,
+            recompute=True,
+            compression_rank=896,
+            compression_start=0,
+            workers=8,
+            eval_every=10_000,
+            save_every=10_000,
+        ),
     ),
 }

@@ -126,12 +126,14 @@ class Prior(nn.Module):
         if self.code_vectors is not None:
             yield from self.code_vectors.spreads(token_std, 0.0)
 
-    def matrices(self) -> list[str]:
-        """Names of the resblocks' matrices: all weights but gains, biases, embeddings and heads.
+    def matrices(self) -> dict[str, int]:
+        """The resblocks' matrices by name: all weights but gains, biases, embeddings and heads.
 
-        These are what the paper stores in 16 bits and compresses between machines (App. D and E).
+        These are what the paper stores in 16 bits and compresses between machines (App. D and E). Each comes
+        with the number of matrices that lie below one another in it: three in that of q, k and v.
         """
-        return [f"layers.{name}" for name, p in self.layers.named_parameters() if len(full_shape(p)) > 1]
+        found = [f"layers.{name}" for name, p in self.layers.named_parameters() if len(full_shape(p)) > 1]
+        return {name: 3 if name.endswith("attention.qkv.weight") else 1 for name in found}
 
     def of_codes(self) -> list[Tensor]:
         """The parameters from which the codes' tables are made; nothing else depends on them."""

@@ -98,12 +98,17 @@ def formula(one: Session) -> float:
         shape = full_shape(p)
         columns = shape[-1]
         first, last = math.ceil(offset / columns), (offset + numel) // columns
-        rows = max(0, last - first)
-        rank = min(rows, columns, max(1, round(RANK * rows / shape[0])))
-        factors = rank * (rows + columns)
-        low = name.startswith("layers.") and len(shape) > 1 and factors < rows * columns
-        width = 2 if one.config.compression_format == "16bit" else 4
-        total += width * factors + 4 * (numel - rows * columns) if low else 4 * numel
+        total += 4 * numel
+        if not name.startswith("layers.") or len(shape) < 2:
+            continue
+        height = shape[0] // 3 if "qkv" in name else shape[0]  # q, k and v lie below one another
+        for top in range(0, shape[0], height):
+            rows = max(0, min(last, top + height) - max(first, top))
+            rank = min(rows, columns, max(1, round(RANK * rows / height)))
+            factors = rank * (rows + columns)
+            if factors < rows * columns:
+                width = 2 if one.config.compression_format == "16bit" else 4
+                total += width * factors - 4 * rows * columns
     return total
 
 

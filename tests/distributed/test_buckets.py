@@ -61,7 +61,7 @@ def compressed(rank: int) -> tuple[list[float], list[str]]:
     model, events = net(), []
     names = {p: name for name, p in model.named_parameters()}
     powersgd = PowerSGD(
-        dist.group.WORLD, matrices=[name for name, p in model.named_parameters() if p.dim() > 1],
+        dist.group.WORLD, matrices={name: 1 for name, p in model.named_parameters() if p.dim() > 1},
         rank=1, factors="fp32",
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dalle.low_rank import Matrix
+from dalle.low_rank import Matrix, compressed
 from dalle.minifloat import SIGNED
 from dalle.overlap import InTurn
 from dalle.powersgd import PowerSGD
@@ -16,18 +16,20 @@ from tests.distributed.machines import on_machines
 
 pytestmark = pytest.mark.distributed
 
-RANK, STEPS = 4, 5
-# Name, shape of the parameter, the share held: wide, tall, with ragged ends, too small to save, a bias.
+RANK, STEPS, LARGE = 4, 5, 4.0
+# Name, shape of the parameter, the share held: wide, tall, with ragged ends, three matrices in one, too small
+# to save, a bias.
 SHARES = {
     "wide": ((12, 40), 0, 480),
     "tall": ((48, 10), 0, 480),
     "ragged": ((30, 21), 10, 521),  # whole rows 1 to 24 of 30: rank 4·24/30 = 3
+    "three": ((36, 20), 95, 575),  # whole rows 5 to 32 of 36: of the first matrix 7, of the last 9
     "small": ((3, 3), 0, 9),
     "bias": ((17,), 0, 17),
 }
-MATRICES = ("wide", "tall", "ragged", "small")
-RANKS = {"wide": 4, "tall": 4, "ragged": 3}
-ROWS = {"wide": (0, 12), "tall": (0, 48), "ragged": (1, 25)}
+MATRICES = {"wide": 1, "tall": 1, "ragged": 1, "three": 3, "small": 1}
+RANKS = {"wide": [4], "tall": [4], "ragged": [3], "three": [2, 4, 3]}
+ROWS = {"wide": [(0, 12)], "tall": [(0, 48)], "ragged": [(1, 25)], "three": [(5, 12), (12, 24), (24, 33)]}
 
 
 @dataclass
@@ -55,7 +57,11 @@ def reducer(**options) -> PowerSGD:
 
 
 def seen(powersgd: PowerSGD) -> dict[str, torch.Tensor]:
-    return {name: powersgd._seen(error).clone() for name, error in powersgd._errors.items()}
+    """The error sums of each parameter, one matrix after another."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for matrix, error in powersgd._errors.items():
+        found.setdefault(matrix.name, []).append(powersgd._seen(error))
+    return {name: torch.cat(errors) for name, errors in found.items()}
 
 
 def course(machine: int, spoil=None, early=False, **options) -> dict[str, list]:
@@ -95,9 +101,15 @@ def overflow_of_the_other_factor(powersgd, pieces, machine, step):
         pieces[0].grad.view(12, 40)[:, 0] = 1.2e38
 
 
+def large(powersgd, pieces, machine, step):
+    for piece in pieces:  # sums over a row or a column then lie beyond 16, where 1-6-9 ends
+        piece.grad *= LARGE
+
+
 def sum_that_is_not_finite(powersgd, pieces, machine, step):
     if machine == 1 and step == 3:
-        powersgd._errors["wide"][7] = math.inf
+        wide = next(matrix for matrix in powersgd._errors if matrix.name == "wide")
+        powersgd._errors[wide][7] = math.inf
 
 
 def infinite_bias(powersgd, pieces, machine, step):
@@ -131,6 +143,7 @@ def saved_and_loaded(machine: int) -> dict[str, dict]:
 CASES = {
     "fp32": {},
     "16bit": {"factors": "16bit"},
+    "large": {"factors": "16bit", "spoil": large},
     "late": {"start": 3, "sample": 2},
     "forgetful": {"feedback": False},
     "gradient": {"spoil": nan_in_a_gradient},
@@ -156,7 +169,7 @@ def machines(tmp_path_factory):
 def rows(name: str, flat: torch.Tensor) -> np.ndarray:
     """The whole rows of a share."""
     shape, offset, _ = SHARES[name]
-    first, last = ROWS[name]
+    first, last = ROWS[name][0][0], ROWS[name][-1][1]
     return flat[first * shape[1] - offset : last * shape[1] - offset].double().numpy().reshape(-1, shape[1])
 
 
@@ -171,14 +184,18 @@ def definition(steps=STEPS, feedback=True) -> list[dict[str, tuple[np.ndarray, l
                 continue
             gradients = [rows(name, pieces[i].grad) for pieces in both]
             e = [g + old for g, old in zip(gradients, errors.get(name, (0.0, 0.0)), strict=True)]
-            mean, turn = (e[0] + e[1]) / 2, gradients[0].shape[0] > gradients[0].shape[1]
-            mean = mean.T if turn else mean
-            shape, offset, numel = SHARES[name]
-            q0 = Matrix(name, shape, offset, numel, RANK).projection(0).double().numpy()
-            assert q0.shape == (max(gradients[0].shape), RANKS[name])
-            basis = np.linalg.svd(mean @ q0, full_matrices=False)[0]
-            low = basis @ (basis.T @ mean)
-            low = low.T if turn else low
+            matrices = compressed(name, *SHARES[name], RANK, MATRICES[name])
+            lows = []
+            for (first, last), rank, matrix in zip(ROWS[name], RANKS[name], matrices, strict=True):
+                mean = ((e[0] + e[1]) / 2)[first - ROWS[name][0][0] :][: last - first]
+                turn = mean.shape[0] > mean.shape[1]
+                mean = mean.T if turn else mean
+                q0 = matrix.projection(0).double().numpy()
+                assert q0.shape == (max(mean.shape), rank)
+                basis = np.linalg.svd(mean @ q0, full_matrices=False)[0]
+                low = basis @ (basis.T @ mean)
+                lows.append(low.T if turn else low)
+            low = np.concatenate(lows)
             errors[name] = [each - low for each in e] if feedback else [0.0, 0.0]
             now[name] = low, errors[name]
         course.append(now)
@@ -216,6 +233,13 @@ def test_a_reduction_is_the_projection_of_the_mean_and_the_rest_waits(machines, 
                 np.testing.assert_allclose(held, error.reshape(-1), atol=tolerance * np.abs(low).max())
 
 
+def test_factors_may_be_larger_than_their_format_in_16_bits(machines):
+    """They travel times a power of two, so that the same bits come out, but for the scale."""
+    for plain, large in zip(machines[0]["16bit"]["out"], machines[0]["large"]["out"], strict=True):
+        for name in RANKS:
+            assert torch.equal(large[name], LARGE * plain[name])
+
+
 def test_without_feedback_every_step_is_a_projection_of_its_own_gradient(machines):
     for step, expected in enumerate(definition(feedback=False)):
         for name, (low, _) in expected.items():
@@ -239,18 +263,19 @@ def test_biases_small_matrices_and_ragged_ends_are_averaged_in_full(machines, ca
         a, b = ({p.name: p.grad for p in shares(machine, step + 1)} for machine in (0, 1))
         out = machines[0][case]["out"][step]
         whole, head, tail = slice(None), slice(0, 11), slice(515, None)
-        for name, part in (("small", whole), ("bias", whole), ("ragged", head), ("ragged", tail)):
+        parts = [("small", whole), ("bias", whole), ("ragged", head), ("ragged", tail)]
+        for name, part in [*parts, ("three", slice(0, 5)), ("three", slice(565, None))]:
             torch.testing.assert_close(out[name][part], (a[name] + b[name])[part] / 2, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(("case", "size", "tolerance"), [("fp32", 4, 1e-5), ("16bit", 2, 2e-3)])
 def test_bytes_follow_the_formula_and_the_norm_comes_from_q(machines, case, size, tolerance):
-    factors = 4 * (12 + 40) + 4 * (48 + 10) + 3 * (24 + 21)
-    rest = 9 + 17 + 521 - 24 * 21
+    factors = 4 * (12 + 40) + 4 * (48 + 10) + 3 * (24 + 21) + 2 * (7 + 20) + 4 * (12 + 20) + 3 * (9 + 20)
+    rest = 9 + 17 + 521 - 24 * 21 + 575 - 28 * 20
     for machine in machines:
         for out, receipt in zip(machine[case]["out"], machine[case]["receipts"], strict=True):
             assert receipt.bytes == size * factors + 4 * rest == machine[case]["formula"]
-            assert receipt.plain_bytes == 4 * (480 + 480 + 521 + 9 + 17)
+            assert receipt.plain_bytes == 4 * (480 + 480 + 521 + 575 + 9 + 17)
             norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in out.values()))
             assert receipt.norm == pytest.approx(norm, rel=tolerance)
 

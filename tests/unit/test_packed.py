@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import weights
+from dalle import packed
 from dalle.minifloat import SIGNED, UNSIGNED
 from dalle.optim import AdamW
 from dalle.packed import CHUNK, SMALL, PackedAdamW, rounded_at_random
@@ -231,3 +233,21 @@ def test_halved_matrices_continue_bit_exactly():
     step(straight, a, gradients(straight, 6))
     step(resumed, b, gradients(resumed, 6))
     assert not torch.equal(straight[0].weight, resumed[0].weight)  # the noise is that of the update's number
+
+
+@pytest.mark.parametrize("grid", [3, 4])
+def test_the_benchmark_of_rounding_takes_codes_of_any_grid_and_rounds_as_it_is_told(grid, monkeypatch):
+    monkeypatch.setattr(weights, "STEPS", 2)
+    shape = {"tokens": 19, "codes": grid**2}
+    data = {name: torch.zeros(weights.PICTURES, n, dtype=torch.long) for name, n in shape.items()}
+    told = []
+
+    def rounded(values, noise):
+        told.append(values.numel())
+        return values.half()
+
+    losses = weights.train(data, True, rounded)
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+    assert told
+    assert packed.rounded_at_random is rounded_at_random

@@ -15,7 +15,7 @@ from dalle.forecast import compression, cost, memory, paper_memory, traffic
 from dalle.low_rank import paper_rank
 from dalle.optim import AdamW, Average
 from dalle.plan import cheaper, make_plan, propose
-from dalle.plan_report import facts
+from dalle.plan_report import facts, words
 from stage2_prior.config import PRESETS, PriorConfig
 from stage2_prior.footprint import Footprint, _try, flops, footprint, parameters
 from stage2_prior.loss import losses
@@ -35,7 +35,11 @@ NOTHING = Footprint(0, 0)  # where activations do not matter, they are not worke
 def test_the_papers_table_of_compression_rates(width, rank, rate, size):
     assert paper_rank(width) == rank
     assert compression(rank, width, shards=8) == pytest.approx(rate, abs=0.005)
-    assert compression(rank, width, shards=8) == pytest.approx(1 - 5 * rank / (8 * width))
+    d, r, m = width, rank, 8  # P and Q of a GPU's shares of the six matrices (Table 2)
+    q_k_v_out, up = 4 * (d * r / m + r / m * d / m), d * r / m + r / m * 4 * d / m
+    down = 4 * d / m * r / m + r / m * d
+    sent = (q_k_v_out + up + down) / (12 * d * d / m)
+    assert compression(rank, width, shards=8) == pytest.approx(1 - sent)
     matrices, _ = parameters(replace(PAPER, width=width, heads=width // 64))
     assert matrices == pytest.approx(size, rel=0.02)
 
@@ -51,10 +55,13 @@ def test_the_papers_memory_of_a_gpu():
 
 def test_the_papers_run():
     training = PRESETS["paper"][1]
+    assert (training.zero, training.compression_rank, training.compression_start) == (3, 896, 0)
     run = cost(PAPER, training, Choice(3, "16bit", True, 1, rank=896), V100S)
     assert run.flops_6nd == pytest.approx(4.1e22, rel=0.01)
     assert run.flops > run.flops_6nd * 8 / 6  # activations are computed twice
-    assert run.days == pytest.approx(training.steps * run.step_seconds / 86_400)
+    # 12.09 billion numbers in matrices, 1,280 tokens for each GPU, and a little for attention and heads.
+    assert run.compute_seconds == pytest.approx(8 * 12.09e9 * 1280 / V100S.rate, rel=0.02)
+    assert run.days == pytest.approx(430_000 * (2.51 + 0.904) / 86_400, rel=0.005)
 
 
 @pytest.mark.parametrize("channels", [0, 5])
@@ -119,13 +126,34 @@ def test_each_stage_partitions_what_it_says():
     assert memory(PAPER, Choice(3, "fp32", True, 1, offload=True), V100S, held=NOTHING).moments == 0
 
 
-def test_compression_spares_the_wires_between_machines():
-    plain, low = (traffic(PAPER, Choice(3, "fp32", True, 1, rank=r), V100S) for r in (0, 896))
-    assert low.between / low.plain_between == pytest.approx(
-        0.14 / 2, rel=0.25
-    )  # of half the bytes, and the rest
-    assert plain.between > low.plain_between * 0.99
+# Numbers of P and Q of a layer of the paper's model, rank 896, over the eight processes of a machine. ZeRO 3
+# cuts each parameter by rows into eight runs: six of that of q, k and v lie in one of the three, two in two.
+SHARED_OUT = (
+    6 * 336 * (1488 + 3968) + 2 * (224 * (992 + 3968) + 112 * (496 + 3968))  # q, k and v
+    + 8 * 112 * (496 + 3968)  # after attention
+    + 8 * 112 * (1984 + 3968) + 8 * 112 * (496 + 15872)  # MLP
+)  # fmt: skip
+WHOLE = 4 * 896 * (3968 + 3968) + 2 * 896 * (15872 + 3968)  # ZeRO 1 and 2 hardly cut a matrix
+
+
+@pytest.mark.parametrize(("stage", "factors"), [(0, 8 * WHOLE), (1, WHOLE), (2, WHOLE), (3, SHARED_OUT)])
+def test_what_compression_sends_between_machines_follows_from_how_matrices_are_cut(stage, factors):
+    low = traffic(PAPER, Choice(stage, "fp32", True, 1, rank=896), V100S)
+    assert low.kept == pytest.approx(factors / (12 * 3968**2))
+    rest = 64 * 13 * 3968 + 2 * (16_384 + 8192 + 256 + 32 + 2) * 3968 + 16_384 + 8192
+    sent = 2 * 64 * factors + 4 * rest * (8 if stage == 0 else 1)
+    assert low.between == pytest.approx(2 * 127 / 128 * sent)
     assert low.between_seconds == low.between / V100S.between
+    plain = traffic(PAPER, Choice(stage, "fp32", True, 1), V100S)
+    assert plain.kept == 1
+    assert plain.between >= low.plain_between == plain.plain_between
+
+
+def test_a_plan_tells_the_share_that_is_sent_beside_the_papers():
+    plan = make_plan("paper", replace(V100S, memory=1e12), zero=3, settings=("depth=1",))
+    assert facts(plan)["compression"] == pytest.approx(0.798, abs=0.0005)
+    assert facts(plan)["compression_of_the_paper"] == pytest.approx(0.859, abs=0.0005)
+    assert any("20% of the numbers of matrices (14% as the paper cuts them)" in line for line in words(plan))
 
 
 def test_what_is_offered_instead_fits():
