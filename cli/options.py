@@ -83,8 +83,8 @@ Zero = Annotated[
         min=0,
         max=3,
         help="What several processes divide among them in place of each holding all of it (DeepSpeed ZeRO): "
-        "0 nothing, 1 the optimizer's moments, 2 gradients too, 3 weights too. By default what the run has, or 1; 3 for "
-        "the preset paper.",
+        "0 nothing, 1 the optimizer's moments, 2 gradients too, 3 weights too. By default what the run has, "
+        "or 1; 3 for the preset paper.",
         show_default=False,
     ),
 ]

@@ -14,7 +14,7 @@ from dalle.training import LargeTraining, Session, resume
 from dalle.wiring import build, make_engine
 from stage2_prior.config import PriorConfig
 from stage2_prior.model import Prior
-from tests.distributed.team import Samples, Toy, finish, train
+from tests.distributed.team import Samples, Toy, finish, nothing_kept, train
 from tests.tiny import PRIOR_SHAPE
 
 BATCH, STEPS, RANK = 8, 6, 4
@@ -43,9 +43,10 @@ def settings(**changes: Any) -> LargeTraining:
 
 def session(folder: Path = Path(), **changes: Any) -> Session:
     config = settings(**changes)
-    model = build(lambda: Prior(PriorConfig(**SHAPE)), config)
-    model.recompute = config.zero == 3
-    engine = make_engine(model, config, "fp32", variance_limit=5.0, matrices=model.matrices())
+    with nothing_kept():
+        model = build(lambda: Prior(PriorConfig(**SHAPE)), config)
+        model.recompute = config.zero == 3
+        engine = make_engine(model, config, "fp32", variance_limit=5.0, matrices=model.matrices())
     size = config.pictures_at_once(topology().world)
     return Session(Toy(model, False, config), engine, Samples(size), folder, topology())
 

@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+import dalle.zero
 from dalle.console import Stopwatch
 from dalle.distributed import topology
 from dalle.engine import Engine
@@ -110,11 +112,33 @@ class Toy:
         self.last = state["last"]
 
 
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Stage 3 partitions even the smallest parameter, and lets go of each as soon as its layer has run.
+
+    Otherwise it keeps parameters below 100,000 numbers whole, and what it has use for again soon: all here.
+    """
+    real = dalle.zero.settings
+    nothing = (
+        "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
+        "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    )  # fmt: skip
+
+    def settings(*arguments: Any) -> dict[str, Any]:
+        found = real(*arguments)
+        found["zero_optimization"] |= dict.fromkeys(nothing, 0)
+        return found
+
+    with patch("dalle.zero.settings", settings):
+        yield
+
+
 def session(folder: Path = Path(), *, sick: bool = False, **changes: Any) -> Session:
     config = settings(**changes)
-    model = build(lambda: Prior(MODEL), config)
-    model.recompute = config.zero == 3
-    engine = make_engine(model, config, config.precision, variance_limit=5.0, matrices=model.matrices())
+    with nothing_kept():
+        model = build(lambda: Prior(MODEL), config)
+        model.recompute = config.zero == 3
+        engine = make_engine(model, config, config.precision, variance_limit=5.0, matrices=model.matrices())
     size = config.pictures_at_once(topology().world)
     return Session(Toy(model, sick, config), engine, Samples(size), folder, topology())
 
@@ -215,6 +239,26 @@ def alike() -> list[list[float]]:
     one = session(seed=3 + topology().rank, zero=0)
     tensors = (*one.engine.parameters, *one.engine.average.weights)
     return topology().gather([float(tensor.double().sum()) for tensor in tensors])
+
+
+def gathered() -> list[list[str]]:
+    """Which layers are whole whenever one of them runs, in an update of stage 3.
+
+    It is the third one: DeepSpeed lets go of everything while it still watches what is used when.
+    """
+    one = session(zero=3)
+    train(one, 0, 2)
+    found = []
+
+    def look(_module: Any, _inputs: Any) -> None:
+        names = (name for name, p in one.task.model.named_parameters() if p.ds_status.name == "AVAILABLE")
+        found.append(sorted({".".join(name.split(".")[:2]) for name in names if name.startswith("layers.")}))
+
+    for layer in one.task.model.layers:
+        layer.mlp.down.register_forward_pre_hook(look)
+    train(one, 2, 3)
+    finish(one)
+    return found
 
 
 def relay_with_muon(folder: str) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def test_an_infinity_in_one_process_shrinks_one_scale_everywhere_and_the_run_goe
 
 @pytest.fixture(scope="module")
 def two(teams):
-    return teams(TEAM, "born+alike+offloaded+muon", local=2)
+    return teams(TEAM, "born+alike+offloaded+muon+gathered", local=2)
 
 
 def test_slurm_starts_the_same(teams, two):
@@ -109,3 +109,9 @@ def test_an_optimizer_in_main_memory_makes_the_same_updates(two, alone, zero):
     found, expected = two["offloaded"][str(zero)], alone["fp32"]
     for name in ("loss", "heldout", "after"):
         assert found[name] == pytest.approx(expected[name], rel=TOLERANCE["fp32"])
+
+
+def test_a_layer_is_whole_only_while_it_runs(two):
+    """In the forward pass, and again from the last to the first where the backward pass recomputes."""
+    order = [0, 1, 2, 2, 1, 0]
+    assert two["gathered"] == [[f"layers.{layer}"] for layer in order]

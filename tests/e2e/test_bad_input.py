@@ -1,19 +1,22 @@
 """A caller's mistake is one line that helps, exit status 2, and nothing lost."""
 
+import gc
 import io
 import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tarfile
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 import cli.main
-from dalle.checkpoint import load_tensors, save_weights
+from dalle.checkpoint import load_tensors, save_weights, sha256
 from dalle.data.open import open_source
 from dalle.states import TensorFile
 from tests import tiny
@@ -386,21 +389,50 @@ def test_a_pickle_with_a_foreign_class_runs_nothing(dalle, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "state"])
-def test_a_pickle_in_the_place_of_tensors_runs_nothing(dalle, run, tmp_path, name):
-    paths = (
-        [run / "dvae" / name] if name.endswith("s") else list((run / "dvae").glob("state/*/*.safetensors"))
-    )
-    for path in paths:
-        torch.save(Touch(tmp_path / "made"), path)
-    arguments = ["sample", "x", "--run", run] if name.endswith("s") else dvae(run, steps=9)
-    complaint(dalle(*arguments))
+def test_a_pickle_in_the_place_of_weights_runs_nothing(dalle, run, tmp_path):
+    (tmp_path / "x.png").write_bytes(tiny.png(0))
+    for stage, arguments in (
+        ("dvae", ("reconstruct", tmp_path / "x.png", "--run", run)),
+        ("prior", ("sample", "x", "--run", run)),
+    ):
+        weights = run / stage / "weights.safetensors"
+        kept = weights.read_bytes()
+        torch.save(Touch(tmp_path / "made"), weights)
+        line = complaint(dalle(*arguments))
+        assert line.startswith(f"{weights} is damaged or no safetensors file")
+        weights.write_bytes(kept)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_pickle_in_the_place_of_a_state_runs_nothing(dalle, run, tmp_path):
+    """Even if the hash that is kept beside it is its own."""
+    shutil.rmtree(run / "prior")  # under which the dVAE would not be trained on
+    for state in (run / "dvae" / "state").iterdir():
+        facts = json.loads((state / "state.json").read_text())
+        for path in state.glob("*.safetensors"):
+            torch.save(Touch(tmp_path / "made"), path)
+            facts["sha256"][path.name] = sha256(path)
+        (state / "state.json").write_text(json.dumps(facts))
+    done = dalle(*dvae(run, steps=9))
+    assert "weights.safetensors is damaged or no safetensors file" in done.err
+    assert "is whole; delete" in complaint(done)
     assert not (tmp_path / "made").exists()
 
 
 # A full disk
 
 
+@pytest.fixture
+def restored():
+    """For `cli.main.main` in this process, which it suits to a command: afterwards it is as it was."""
+    handler = signal.getsignal(signal.SIGPIPE)
+    with patch.dict(os.environ):
+        yield
+    signal.signal(signal.SIGPIPE, handler)
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("restored")
 @pytest.mark.parametrize("stage", ["dvae", "prior"])
 @pytest.mark.parametrize("part", ["weights", "state", "metrics", "pictures"])
 def test_a_full_disk_while_training_loses_nothing(run, monkeypatch, capsys, stage, part):
@@ -458,6 +490,7 @@ def test_a_full_disk_while_training_loses_nothing(run, monkeypatch, capsys, stag
     assert json.loads((run / stage / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
 
 
+@pytest.mark.usefixtures("restored")
 def test_running_out_of_memory_is_told_with_what_helps(monkeypatch, capsys, tmp_path):
     def burst(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")

@@ -61,13 +61,21 @@ def test_it_is_small_enough_to_travel():
 
 
 def test_it_draws_nearly_as_well_as_its_report_says():
-    """Forty prompts of each kind, against what five hundred gave: four standard errors apart at most."""
+    """Forty prompts of each kind, always with the same noise.
+
+    With AVX-512, AVX2 or neither, in bf16 or fp32, no picture becomes another one; elsewhere a few may.
+    """
+    counted = {
+        "singles": 40, "two_objects": 38, "counts": 40, "pairs": 39, "relations": 40, "wordings": 39,
+    }  # fmt: skip
     said = json.loads((FOLDER / "report.json").read_text())["splits"]
     scores = evaluate(TextToImage.load("scenes"), 40, seed=10_000)
+    right = {name: scores[name].right for name in SPLITS}
+    assert all(right[name] >= counted[name] - 2 for name in SPLITS), right
+    assert sum(right.values()) >= sum(counted.values()) - 4, right
+    # What the report says, of five hundred prompts, is no less than what can be seen here.
     for name in SPLITS:
-        p = said[name]["right"] / said[name]["prompts"]
-        error = max(0.02, (p * (1 - p) / 40) ** 0.5)
-        assert abs(scores[name].right / 40 - p) <= 4 * error, name
+        assert said[name]["right"] / said[name]["prompts"] == pytest.approx(counted[name] / 40, abs=0.05)
 
 
 def test_info_tells_how_it_was_trained(dalle, tmp_path):

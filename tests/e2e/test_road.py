@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import dalle as package
+from cli.main import app
 from dalle.checkpoint import fingerprint
 from dalle.metrics import read_metrics
 from tests import tiny
@@ -18,6 +19,7 @@ from tests.e2e.settings import dvae, options, prior
 
 SCRIPT = shutil.which("dalle", path=Path(sys.executable).parent) or shutil.which("dalle")
 PROMPT = "a red circle"
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
 
 
 def script(*arguments, **more) -> subprocess.CompletedProcess:
@@ -110,7 +112,7 @@ def test_every_picture_says_how_it_was_made_and_several_come_with_a_sheet(run, d
         assert image.width > 4 * 128
 
 
-def test_how_it_is_drawn_changes_the_pictures_little_or_not_at_all(dalle, run, tmp_path):
+def test_how_many_are_drawn_at_once_and_seen_on_the_way_changes_no_picture(dalle, run, tmp_path):
     def drawn(*options: object) -> list[bytes]:
         done = dalle("sample", PROMPT, "--run", run, "-n", 5, *options, "--out", tmp_path / str(options))
         assert done.code == 0, done.err
@@ -121,7 +123,6 @@ def test_how_it_is_drawn_changes_the_pictures_little_or_not_at_all(dalle, run, t
 
     plain = drawn()
     assert drawn("--at-once", 2) == drawn("--preview") == plain
-    assert len(drawn("--weights", "int8")) == len(drawn("--weights", "int4")) == 5
 
 
 def test_a_dash_reads_prompts_from_standard_input(run, dalle, tmp_path):
@@ -240,13 +241,12 @@ def test_version_and_help_answer_without_torch():
         assert expected in done.stdout
 
 
-@pytest.mark.parametrize(
-    "command", ["train-dvae", "train-prior", "sample", "reconstruct", "import-dvae", "info"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(dalle, command):
     done = dalle(command, "--help")
     assert (done.code, done.err) == (0, "")
-    assert "--run" in done.out or command == "info"
+    assert f"Usage: dalle {command} [OPTIONS]" in done.out
+    assert command in dalle("--help").out
 
 
 def test_a_reader_that_stops_early_is_no_error(run):

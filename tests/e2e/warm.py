@@ -6,6 +6,7 @@ own signals, streams and exit status. The first commands of the road go through 
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -40,8 +41,8 @@ for line in sys.stdin:
         sys.argv = ["dalle", *job["arguments"]]
         cli.main.main()
         sys.exit(0)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    print(job["number"], pid, flush=True)
+    print(job["number"], os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -72,8 +73,10 @@ def complaint(done: Done) -> str:
 class Command:
     """A command under way."""
 
-    def __init__(self, server: "Server", folder: Path) -> None:
-        self.server, self.folder, self.pid = server, folder, int(server.read())
+    def __init__(self, server: "Server", number: int, folder: Path) -> None:
+        self.server, self.number, self.folder = server, number, folder
+        self.pid = server.read(number)
+        assert self.pid > 1  # 0 and below are groups of processes, our own among them
 
     def signal(self, number: int) -> None:
         with suppress(ProcessLookupError):  # it may have come to its end by itself
@@ -92,7 +95,9 @@ class Command:
             time.sleep(0.005)
 
     def done(self) -> Done:
-        return Done(int(self.server.read()), (self.folder / "stdout").read_text(), self.err)
+        code = self.server.read(self.number)
+        self.server.under_way = None
+        return Done(code, (self.folder / "stdout").read_text(), self.err)
 
 
 class Server:
@@ -100,18 +105,34 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.jobs = folder, 0
+        self.under_way: Command | None = None
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", "-c", SERVER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )
-        assert self.read() == "ready"
+        assert self._line() == "ready"
 
-    def read(self) -> str:
+    def _line(self) -> str:
         assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
+        line = self.process.stdout.readline()
+        assert line, "the server of the commands has ended; see standard error"
+        return line.strip()
+
+    def read(self, job: int) -> int:
+        """The next number that it tells of this job: its process' id, then its exit code."""
+        while True:
+            number, value = self._line().split()
+            if int(number) == job:
+                return int(value)
+
+    def end(self) -> None:
+        """End what a test that failed has left running, which the next command would wait for."""
+        if self.under_way is not None:
+            self.under_way.signal(signal.SIGKILL)
+            self.under_way.done()
 
     def start(
         self,
@@ -120,11 +141,13 @@ class Server:
         stdin: str | bytes = "",
         environ: dict[str, str] | None = None,
     ) -> Command:
+        self.end()
+        self.jobs += 1
         folder = self.folder / str(self.jobs)
         folder.mkdir()
-        self.jobs += 1
         (folder / "stdin").write_bytes(stdin.encode() if isinstance(stdin, str) else stdin)
         job = {
+            "number": self.jobs,
             "arguments": [str(argument) for argument in arguments],
             "cwd": str(cwd or folder),
             "environ": environ or {},
@@ -133,10 +156,12 @@ class Server:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
-        return Command(self, folder)
+        self.under_way = Command(self, self.jobs, folder)
+        return self.under_way
 
     def __call__(self, *arguments: Any, **more: Any) -> Done:
         return self.start(*arguments, **more).done()
 
     def close(self) -> None:
+        self.end()
         self.process.communicate()

@@ -4,6 +4,7 @@ import os
 import warnings
 from pathlib import Path
 
+import dall_e
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,6 @@ from dalle.checkpoint import read_json
 from dalle.errors import CheckpointError
 from stage1_dvae.model import DVAE
 from stage1_dvae.released import import_released
-
-dall_e = pytest.importorskip("dall_e")
 
 SIZES = {"n_hid": 4, "n_blk_per_group": 2, "vocab_size": 67}
 

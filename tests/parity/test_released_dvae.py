@@ -2,6 +2,7 @@
 
 import math
 
+import dall_e
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +10,6 @@ import torch.nn.functional as F
 from stage1_dvae.config import DVAEConfig
 from stage1_dvae.likelihood import map_pixels, unmap_pixels
 from stage1_dvae.model import DVAE
-
-dall_e = pytest.importorskip("dall_e")
 
 SIZES = [(16, 64, 32), (16, 512, 64), (64, 64, 32), (64, 512, 64)]  # hidden, vocabulary, image
 

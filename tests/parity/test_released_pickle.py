@@ -8,14 +8,13 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import dall_e
 import pytest
 import torch
 from torch import nn
 
 from dalle.errors import CheckpointError
 from stage1_dvae.released import read_pickle, read_released
-
-dall_e = pytest.importorskip("dall_e")
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 SIZES = {"n_hid": 16, "n_blk_per_group": 1, "vocab_size": 67}

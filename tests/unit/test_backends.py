@@ -61,7 +61,10 @@ def test_flex_attention_is_given_the_same_mask(kind, size):
     assert not (expected & ~tiles[:length, :length]).any()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has no backward pass on CPUs")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="FlexAttention has no backward pass on CPUs; with a GPU: CUDA_VISIBLE_DEVICES=0",
+)
 @every_kind
 def test_flex_attention_trains_as_the_reference_does(kind):
     config = PriorConfig(text_length=130, grid=12, kernel=11, width=64, heads=2, depth=3)

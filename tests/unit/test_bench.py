@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from cli.main import app
 from dalle import bench, ceiling
 from stage1_dvae.config import DVAEConfig
 from stage2_prior.config import PriorConfig
@@ -46,3 +47,18 @@ def test_the_median_counts_and_the_first_run_does_not(monkeypatch):
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(bench, "LEAST", 3)
     assert bench.seconds(lambda: None) == 2
+
+
+def test_the_command_prints_and_writes_what_was_measured(tmp_path, monkeypatch, capsys):
+    machine = {"device": "a CPU", "threads": 2, "torch": "2", "precision": "fp32"}
+    row = {"what": "copy", "value": 3.5, "unit": "GB/s", "share": None, "ceiling": ""}
+    result = {"date": "2026-01-02T03:04:05+00:00", "machine": machine, "seconds": 1.0, "rows": [row]}
+    monkeypatch.setattr(bench, "bench", lambda: result)
+    app(["bench"], standalone_mode=False)
+    assert "copy" in capsys.readouterr().out
+    app(["bench", "--json", "--out", str(tmp_path)], standalone_mode=False)
+    said = capsys.readouterr()
+    path = tmp_path / "bench-2026-01-02T03-04.json"
+    assert json.loads(said.out) == json.loads(path.read_text()) == result
+    assert said.err == f"written to {path}\n"
+    assert "copy" in path.with_suffix(".txt").read_text()

@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -19,16 +21,38 @@ import sys
 from dalle.launch import launch
 sys.exit(launch(3, ["-c", sys.argv[1]], program=[sys.executable]))
 """
-WAIT = "import os, sys, time\nrank = int(os.environ['RANK'])\n"
+# The alarm ends a process that a failed test has left alone.
+WAIT = """
+import os, signal, sys, time
+signal.alarm(60)
+rank = int(os.environ['RANK'])
+"""
 
 
-def start(program: str) -> subprocess.Popen:
-    return subprocess.Popen(
+@contextmanager
+def start(program: str) -> Iterator[subprocess.Popen]:
+    with subprocess.Popen(
         [sys.executable, "-c", LAUNCH, WAIT + program],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_until_signals_are_handed_on(process: subprocess.Popen) -> None:
+    """`launch` handles them once it has started all; until then a SIGTERM would end it."""
+    end = time.monotonic() + 60
+    while True:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+        if int(caught, 16) >> (signal.SIGTERM - 1) & 1:
+            return
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 def result(program: str) -> tuple[int, str, str]:
@@ -82,42 +106,47 @@ def test_who_only_lost_the_others_is_not_the_reason():
 
 
 STOPPABLE = """
-import signal
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
-print("ready", flush=True)
+open(f"ready-{rank}", "w").close()
+if rank == 0:
+    while not asked or not os.path.exists("ready-1") or not os.path.exists("ready-2"):
+        time.sleep(0.01)
+    time.sleep(0.5)
+    print("saved", flush=True)
+    sys.exit(1)
 while not asked:
     time.sleep(0.01)
-print("saved", flush=True)
-sys.exit(1)
+open(f"asked-{rank}", "w").close()
+time.sleep(100)
 """
 STUBBORN = """
-import signal
-signal.signal(signal.SIGINT, lambda *_: 0)
+signal.signal(signal.SIGINT, lambda *_: print("asked", flush=True))
 print(os.getpid(), flush=True)
 while True:
-    time.sleep(1)
+    time.sleep(0.01)
 """
 
 
-def test_a_signal_goes_to_the_first_process_alone_which_ends_in_peace():
-    program = STOPPABLE.replace(
-        "time.sleep(0.5)\nsys.exit(1)", "while not asked: time.sleep(0.01)\nprint('no')"
-    )
-    with start(program) as process:
-        assert process.stdout.readline() == "ready\n"
+def test_a_signal_goes_to_the_first_process_alone_which_ends_in_peace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    with start(STOPPABLE) as process:
+        wait_until_signals_are_handed_on(process)
+        while not (tmp_path / "ready-0").exists():
+            time.sleep(0.005)
         process.send_signal(signal.SIGTERM)
-        assert process.stdout.readline() == "saved\n"
-        assert process.wait(60) == 1
-        assert process.stderr.read() == ""
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (1, "saved\n", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ready-0", "ready-1", "ready-2"]
 
 
 def test_a_second_signal_ends_all_at_once():
     with start(STUBBORN) as process:
         pid = int(process.stdout.readline())
-        time.sleep(0.2)
+        wait_until_signals_are_handed_on(process)
         process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        assert process.stdout.readline() == "asked\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 1
     with pytest.raises(ProcessLookupError):

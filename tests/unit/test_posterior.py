@@ -80,23 +80,8 @@ def test_kl_is_0_for_uniform_and_ln_v_for_a_certain_code(v):
     torch.testing.assert_close(kl_to_uniform(certain, certain.exp()), torch.full((2,), math.log(v)))
 
 
-def test_kl_is_within_its_bounds():
-    logits = torch.randn(500, 13, generator=seeded()) * torch.logspace(-3, 3, 500)[:, None]
-    log_q = torch.log_softmax(logits, -1)
-    kl = kl_to_uniform(log_q, log_q.exp())
-    assert kl.min() > -1e-6
-    assert kl.max() < math.log(13) + 1e-5
-
-
 def logits(*values: float, n: int) -> torch.Tensor:
     return torch.log_softmax(torch.tensor(values), -1).expand(n, 1, len(values))
-
-
-@pytest.mark.parametrize("tau", [1.0, 0.3, 1 / 16, 1e-3])
-def test_relaxed_codes_lie_on_the_simplex(tau):
-    relaxed = relax(torch.log_softmax(5 * torch.randn(7, 9, 5, generator=seeded()), -1), tau, [seeded(1)] * 7)
-    assert relaxed.min() >= 0
-    torch.testing.assert_close(relaxed.sum(-1), torch.ones(7, 9))
 
 
 @pytest.mark.parametrize("tau", [1.0, 1e-3])

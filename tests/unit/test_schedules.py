@@ -1,7 +1,6 @@
 """Step → value, at numbers that can be checked by hand."""
 
 import dataclasses
-import json
 import math
 
 import pytest
@@ -79,12 +78,3 @@ def test_losses_that_are_not_finite_are_ignored():
     plateau = observe(Plateau(patience=3), [2.0])
     before = dataclasses.asdict(plateau)
     assert dataclasses.asdict(observe(plateau, [math.nan, math.inf] * 9)) == before
-
-
-@pytest.mark.parametrize("cut", [0, 1, 30, 77])
-def test_its_state_survives_json(cut):
-    losses = [3 + 0.5 * math.sin(t) for t in range(100)]
-    whole = observe(Plateau(patience=12), losses)
-    begun = dataclasses.asdict(observe(Plateau(patience=12), losses[:cut]))
-    assert observe(Plateau(**json.loads(json.dumps(begun))), losses[cut:]) == whole
-    assert whole.halvings > 0

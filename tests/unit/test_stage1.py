@@ -1,0 +1,161 @@
+"""What the loop is told while the dVAE trains: schedules, losses, measures, and a warning."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dalle.metrics import read_metrics
+from dalle.noise import noise_of
+from dalle.runs import Options, Plan
+from dalle.training import fit
+from stage1_dvae.config import PRESETS, DVAETraining
+from stage1_dvae.loss import elbo
+from stage1_dvae.train import EVALUATION, Stage1, prepare, psnr
+from tests import tiny
+
+PAPER = PRESETS["paper"][1]
+
+
+def stage(folder, training: DVAETraining = PAPER, pictures: int = 1) -> Stage1:
+    model = tiny.dvae()
+    heldout = torch.randint(
+        256, (pictures, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    plan = Plan(folder / "dvae", "paper", "scenes", model.config, training, resumed=False)
+    return Stage1(model, plan, heldout)
+
+
+@pytest.mark.parametrize(
+    ("step", "tau", "beta", "lr"),
+    # Worked out from the paper's App. A.2: half a cosine each, over 150,000, 5,000 and 1,200,000 updates.
+    [
+        (0, 1.0, 0.0, 1e-4),
+        (2_500, 0.99935759442, 3.3, 9.99989424697e-5),
+        (5_000, 0.99743213845, 6.6, 9.99957699240e-5),
+        (75_000, 17 / 32, 6.6, 9.90512732199e-5),
+        (150_000, 1 / 16, 6.6, 9.62415519177e-5),
+        (600_000, 1 / 16, 6.6, 5.0625e-5),
+        (1_200_000, 1 / 16, 6.6, 1.25e-6),
+        (3_000_000, 1 / 16, 6.6, 1.25e-6),
+    ],
+)
+def test_the_papers_schedules_are_followed(tmp_path, step, tau, beta, lr):
+    task = stage(tmp_path)
+    assert task.tau(step) == pytest.approx(tau, rel=1e-8)
+    assert task.beta(step) == pytest.approx(beta, rel=1e-8)
+    assert task.lr(step) == pytest.approx(lr, rel=1e-8)
+
+
+def test_a_step_size_may_rise_first(tmp_path):
+    task = stage(tmp_path, dataclasses.replace(PAPER, warmup=4))
+    assert [task.lr(step) for step in range(5)] == pytest.approx(
+        [0.25e-4, 0.5e-4, 0.75e-4, 1e-4, 1e-4], rel=1e-6
+    )
+
+
+def test_the_loss_is_that_of_the_steps_temperature_and_weight(tmp_path):
+    training = dataclasses.replace(PAPER, tau_steps=300, seed=5)
+    task, step, positions = stage(tmp_path, training), 100, range(40, 43)
+    pixels = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    task.begin([(pixels,)], lambda function, *arguments: function(*arguments))
+    loss, metrics = task.loss((pixels,), step, positions)
+    tau, beta = 1 / 16 + 15 / 16 * 0.75, 6.6 * (1 - math.cos(math.pi / 50)) / 2
+    noise = [noise_of(torch.device("cpu"), 5, position) for position in positions]
+    terms, *_ = elbo(task.model, pixels / 255, tau=tau, generators=noise)
+    expected = terms.nll + beta * terms.kl / 48  # 16 · 16 · 3 subpixels for 4 · 4 codes
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (metrics["tau"].item(), metrics["beta"].item()) == pytest.approx((tau, beta), rel=1e-6)
+    assert metrics["kl_nats"].item() == pytest.approx(terms.kl.item() * 16, rel=1e-5)
+
+
+def log_laplace(pixels, decoded):
+    """ln f of the paper's App. A.3."""
+    x, (mu, ln_b) = (0.8 * pixels + 0.1).double(), decoded.double().chunk(2, 1)
+    return -((x / (1 - x)).log() - mu).abs() / ln_b.exp() - (2 * ln_b.exp() * x * (1 - x)).log()
+
+
+def shown(decoded):
+    return ((decoded[:, :3].double().sigmoid() - 0.1) / 0.8).clamp(0, 1)
+
+
+def decibel(pixels, other):
+    errors = (pixels.double() - other).square().flatten(1).mean(1)
+    return sum(10 * math.log10(1 / error) for error in errors.tolist()) / len(errors)
+
+
+def test_what_is_measured_on_held_out_pictures(tmp_path):
+    """In parts of 2, 2 and 1 pictures: means over pictures."""
+    task = stage(tmp_path, dataclasses.replace(PAPER, batch_size=2, tau_steps=300), pictures=5)
+    found = task.evaluate(100)
+    pixels, model = task.heldout / 255, task.model
+    codes = model.logits(pixels).argmax(1)
+    hard = model.decoder(F.one_hot(codes, 13).permute(0, 3, 1, 2).float())
+    noise = [noise_of(torch.device("cpu"), 0, EVALUATION, place) for place in range(5)]
+    terms, _, relaxed = elbo(model, pixels, tau=1 / 16 + 15 / 16 * 0.75, generators=noise)
+    assert -log_laplace(pixels, relaxed).mean().item() == pytest.approx(terms.nll.item(), rel=1e-5)
+    gap = log_laplace(pixels, relaxed).mean() - log_laplace(pixels, hard).mean()
+    assert abs(gap) > 1e-3
+    assert found["heldout_relaxation_gap"] == pytest.approx(gap.item(), rel=1e-4)
+    assert found["heldout_psnr"] == pytest.approx(decibel(pixels, shown(hard)), rel=1e-5)
+    assert found["heldout_relaxed_psnr"] == pytest.approx(decibel(pixels, shown(relaxed)), rel=1e-5)
+    assert found["heldout_psnr"] != pytest.approx(found["heldout_relaxed_psnr"], rel=1e-3)
+    assert found["heldout_codebook_usage"] == len(codes.unique()) / 13
+    assert [path.name for path in (tmp_path / "dvae" / "pictures").iterdir()] == ["step-00000100.png"]
+
+
+def test_psnr_is_in_decibels_of_the_mean_squared_error_of_each_picture():
+    pixels = torch.full((3, 3, 2, 2), 0.5)
+    other = pixels.clone()
+    other[1] += 0.1
+    other[2, 0] += 0.3  # one channel of three: a mean of 0.03
+    assert psnr(pixels, other).tolist() == pytest.approx([100, 20, 15.2288], rel=1e-5)
+
+
+def test_a_dying_codebook_is_told_at_the_second_evaluation_in_a_row(tmp_path, capsys):
+    task = stage(tmp_path)
+
+    def warned() -> bool:
+        capsys.readouterr()
+        task.evaluate(0)
+        return "warning: only 7.7% of the codes were in use lately" in capsys.readouterr().err
+
+    task.window.add(torch.zeros(129, dtype=torch.long))
+    assert [warned() for _ in range(3)] == [False] * 3  # too few codes to judge by
+    task.window.add(torch.zeros(1, dtype=torch.long))
+    assert [warned() for _ in range(3)] == [False, True, True]
+    task.window.add(torch.ones(1, dtype=torch.long))
+    assert not warned()
+    assert task.alarms == 0
+
+
+class Same:
+    """A loader of four pictures, each of one colour, over and over."""
+
+    def __init__(self) -> None:
+        colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]], dtype=torch.uint8)
+        self.pixels, self.skipped = colours[:, :, None, None].repeat(1, 1, 16, 16), {}
+
+    def batches(self, _start, _stride):
+        while True:
+            yield (self.pixels,)
+
+
+def test_four_colours_are_learned(tmp_path):
+    """By the loop, with all that it is told: grey gives 6.0 dB, as the weights at the start do."""
+    settings = (
+        "image_size=16", "hidden=12", "codebook_width=12", "blocks_per_group=1", "patch=4", "vocab_size=16",
+        "batch_size=4", "eval_pictures=1", "precision=fp32", "start=random", "pixel_std=0.3", "tau_start=1",
+        "beta_start=0", "beta=0", "warmup=5", "lr=0.01", "ema_decay=0.9", "log_every=1",
+    )  # fmt: skip
+    session = prepare(Options(tmp_path, preset="tiny", steps=60, settings=settings))
+    four, model = Same(), session.task.model
+    pixels = four.pixels / 255
+    assert decibel(pixels, model.decode(model.encode(pixels))) < 6.5
+    assert fit(session._replace(loader=four))
+    lines = [line for line in read_metrics(tmp_path / "dvae") if "loss" in line]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
+    assert [lines[i]["lr"] for i in (0, 4)] == pytest.approx([0.002, 0.01], rel=0.02)
+    assert decibel(pixels, model.decode(model.encode(pixels))) > 9
