@@ -157,8 +157,8 @@ class Engine:
         """Process 0's weights for all: what each finds in data by itself may differ in the last bits."""
         for p in self.model.parameters():
             p.copy_(self.topology.broadcast(p.detach().cpu().contiguous()))
-        for average, p in zip(self.average.weights, self.parameters, strict=True):
-            average.copy_(p)
+        for average, weight in zip(self.average.weights, self.parameters, strict=True):
+            average.copy_(weight)
 
     def _exchange(self, parameters: Sequence[nn.Parameter]) -> Work[None]:
         """Average some gradients within a machine, and begin with their means over the machines."""
