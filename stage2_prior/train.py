@@ -182,7 +182,7 @@ def _grown_from(run: Plan, codes: Codes, coarse: Coarse | None) -> dict[str, str
 
 
 def _tokenizer(run: Plan, source: Source, coarse: Coarse | None) -> Tokenizer:
-    """The run's tokenizer: that of the prior it grows from, or learned from the captions."""
+    """The run's tokenizer: in a new run that of the prior it grows from, or learned from the captions."""
     path = run.folder / "tokenizer.json"
     if run.resumed:
         tokenizer, begun_with = Tokenizer.load(path), read_json(run.folder / "config.json").get("tokenizer")
@@ -192,17 +192,14 @@ def _tokenizer(run: Plan, source: Source, coarse: Coarse | None) -> Tokenizer:
                 f"{tokenizer.fingerprint()}: put that one back, or use another --run"
             )
         return tokenizer
-    if path.exists():
-        tokenizer = Tokenizer.load(path)
-        if coarse is not None and tokenizer.fingerprint() != coarse.tokenizer.fingerprint():
-            raise ConfigError(f"{path} is not the tokenizer of the prior to grow from: use another --run")
-        return tokenizer
+    if not topology().main:
+        return Tokenizer.load(path)  # which process 0 has just written
     if coarse is not None:
-        coarse.tokenizer.save(path)
-        return coarse.tokenizer
-    say(f"prior: learning up to {run.training.bpe_vocab:,} text tokens from the captions")
-    captions = _some_captions(source, run.training.bpe_captions)
-    tokenizer = Tokenizer.train(captions, run.training.bpe_vocab, run.training.bpe_spaces)
+        tokenizer = coarse.tokenizer
+    else:
+        say(f"prior: learning up to {run.training.bpe_vocab:,} text tokens from the captions")
+        captions = _some_captions(source, run.training.bpe_captions)
+        tokenizer = Tokenizer.train(captions, run.training.bpe_vocab, run.training.bpe_spaces)
     tokenizer.save(path)
     return tokenizer
 

@@ -46,6 +46,12 @@ def run(trained, tmp_path) -> Path:
     return shutil.copytree(trained, tmp_path / "run")
 
 
+def died_early(stage: Path) -> None:
+    """Leave what a start leaves that came no further than its first update."""
+    shutil.rmtree(stage / "state")
+    (stage / "weights.safetensors").unlink()
+
+
 # What was trained
 
 
@@ -71,6 +77,17 @@ def test_a_dvae_is_not_trained_on_under_its_prior(dalle, run):
     assert files(run) == before
     done = dalle(*dvae(run, steps=2))
     assert done.code == 0, done.err  # what is finished may be asked for again
+    died_early(run / "prior")
+    done = dalle(*dvae(run, steps=4))
+    assert done.code == 0, done.err  # nothing was learned on it
+
+
+def test_a_prior_that_died_before_it_saved_anything_starts_anew(dalle, run):
+    died_early(run / "prior")
+    done = dalle(*prior(run, "--set", "bpe_vocab=270", "--set", "batch_size=2", steps=2))
+    assert done.code == 0, done.err
+    config = json.loads((run / "prior" / "config.json").read_text())
+    assert (config["model"]["text_vocab"], config["training"]["batch_size"]) == (270, 2)
 
 
 def test_parts_that_do_not_fit_are_not_exported(dalle, run, tmp_path):
