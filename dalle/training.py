@@ -283,24 +283,13 @@ def fit(session: Session) -> bool:
                 if budget:
                     config = _fit_to_budget(session, budget, step, bar)
                 last = step == config.steps
-                if step == bar.start + SETTLED and not last:
-                    say(f"{task.label}: about {duration(bar.left(step))} for the remaining steps")
                 if log and (step % config.log_every == 0 or last):
                     log.write(step, {**window.close(), **engine.per_resblock()})
-                pictures = bar.rate(step) * config.batch_size
-                rates = {
-                    "tokens/s": f"{pictures * task.tokens_per_picture:,.0f}",
-                    "of GEMM rate": f"{pictures * task.flops_per_picture / ceiling:.0%}",
-                }
-                bar.show(step, {**rates, "loss": f"{metrics['loss']:.4g}"})
+                _show(session, bar, step, metrics["loss"], ceiling)
                 with clock.paused():
                     if step % config.save_every == 0 or last or stopping:
-                        if log and budget:
-                            record(folder, config)
-                        saver.save(step, engine.state(), {"task": task.state()})
-                        if log and engine.scaling is not None:
-                            draw_scales(folder)
-                    # After saving, which it might fail before; and a stop does not wait for it.
+                        _save(session, saver, step)
+                    # After saving, so that what fails here costs no update; and a stop does not wait for it.
                     if _evaluation_is_due(config, step) and (last or not stopping):
                         _evaluate(session, step, log)
         topology.barrier()  # process 0 has written
@@ -308,6 +297,27 @@ def fit(session: Session) -> bool:
     if step < config.steps:
         say(f"stopped after step {step:,} of {config.steps:,}, saved; the same command goes on from there")
     return step >= config.steps
+
+
+def _show(session: Session, bar: Bar, step: int, loss: float, ceiling: float) -> None:
+    task, config = session.task, session.config
+    if step == bar.start + SETTLED and step < config.steps:
+        say(f"{task.label}: about {duration(bar.left(step))} for the remaining steps")
+    pictures = bar.rate(step) * config.batch_size
+    rates = {
+        "tokens/s": f"{pictures * task.tokens_per_picture:,.0f}",
+        "of GEMM rate": f"{pictures * task.flops_per_picture / ceiling:.0%}",
+    }
+    bar.show(step, {**rates, "loss": f"{loss:.4g}"})
+
+
+def _save(session: Session, saver: Saver, step: int) -> None:
+    task, engine, main = session.task, session.engine, session.topology.main
+    if main and session.budget:
+        record(session.folder, session.config)
+    saver.save(step, engine.state(), {"task": task.state()})
+    if main and engine.scaling is not None:
+        draw_scales(session.folder)
 
 
 def _evaluation_is_due(config: Training, step: int) -> bool:
