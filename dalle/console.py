@@ -1,5 +1,6 @@
 """What a person sees while a command runs: lines and a progress bar, on standard error."""
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +10,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-console = Console(stderr=True, highlight=False)
+
+class Patient(Console):
+    """Falls silent once nobody listens any more, where rich would end the command."""
+
+    def on_broken_pipe(self) -> None:
+        """Let go of the pipe, too: what it did not take would be an error at the command's end."""
+        self.quiet = True
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.file.fileno())
+
+
+console = Patient(stderr=True, highlight=False)
 
 
 def say(text: str) -> None:

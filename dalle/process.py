@@ -83,7 +83,8 @@ def only_process(folder: Path) -> Iterator[None]:
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM ask for a stop instead of making one; a second one stops at once.
 
-    One that follows at once is the same again: launchers hand on what the terminal sent to all.
+    One that follows at once is the same again: launchers hand on what the terminal sent to all. A reader of
+    what is said, such as `tee`, may end by the same Ctrl-C: that ends nothing here.
 
     Yields a function that says whether a stop was asked for.
     """
@@ -105,6 +106,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         yield asked.is_set  # only the main thread may handle signals
         return
     before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    before[signal.SIGPIPE] = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     try:
         yield asked.is_set
     finally:

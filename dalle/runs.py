@@ -83,7 +83,7 @@ def plan(
 
     A new run starts from a preset; its horizons (warm-up, cosines) scale with `steps` unless they are
     set. A run found in the folder is continued with its own configuration, of which only what cannot
-    change its course may be set anew.
+    change its course may be set anew. One that ended before it saved anything starts anew.
 
     Raises:
         ConfigError: unknown names, values that cannot be, or a run found there that was started otherwise.
@@ -99,7 +99,7 @@ def plan(
             raise ConfigError(f"--minutes {minutes:g} is no time to train for; give more than 0")
         if "steps" in keys(settings):
             raise ConfigError("--minutes and --steps both say when to end: give one of them")
-    if (folder / "config.json").exists():
+    if begun(folder):
         return _continued(folder, options, settings, presets)
     name = options.preset or default_preset
     model, training = preset(presets, name)
@@ -113,6 +113,12 @@ def plan(
         lasting(of_preset, chosen_training.steps, spans),
         resumed=False, spans=spans, minutes=minutes,
     )  # fmt: skip
+
+
+def begun(folder: Path) -> bool:
+    """Does a stage's folder hold a model or a training state, not just the config.json of a start?"""
+    made = (folder / "weights.safetensors").exists() or bool(state_folders(folder / "state"))
+    return made and (folder / "config.json").exists()
 
 
 def _continued(

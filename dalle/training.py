@@ -19,7 +19,7 @@ from dalle.data.loader import Loader
 from dalle.distributed import Topology
 from dalle.engine import Engine
 from dalle.errors import CheckpointError, ConfigError
-from dalle.metrics import MetricsLog, Window
+from dalle.metrics import MetricsLog, Window, read_metrics
 from dalle.precision import Precision
 from dalle.process import only_process, stop_signals
 from dalle.states import Saver, SharedState, newest_state
@@ -203,7 +203,8 @@ class Task(Protocol):
     def evaluate(self, step: int) -> dict[str, float]:
         """Measure and draw on held-out data; the model holds its averaged weights.
 
-        Every process does, and comes to the same; only the first one writes.
+        What it measures is named `heldout_…`. Every process does, and comes to the same; only the first one
+        writes.
         """
 
     def state(self) -> dict[str, Any]:
@@ -247,7 +248,7 @@ def alone(folder: Path, here: Topology) -> AbstractContextManager[None]:
 def fit(session: Session) -> bool:
     """Train until `config.steps` updates are made; go on from the newest state in the folder.
 
-    Logs, evaluates and saves on the way and at the end. Ctrl-C and SIGTERM save first. With a budget the
+    Logs, saves and evaluates on the way and at the end. Ctrl-C and SIGTERM save first. With a budget the
     number of updates follows the time that is left.
 
     Returns:
@@ -259,7 +260,8 @@ def fit(session: Session) -> bool:
     task, engine, loader, folder, topology, budget = session
     with stop_signals() as stopped:
         step, config = resume(session), session.config
-        if step >= config.steps and budget is None:
+        owed = _owes_an_evaluation(session, step)
+        if step >= config.steps and budget is None and not owed:
             say(f"{task.label}: {folder} has its {step:,} steps already; a larger --steps trains on")
             return True
         if budget:
@@ -270,6 +272,9 @@ def fit(session: Session) -> bool:
         window = Window(task.tokens_per_picture, clock, task.flops_per_picture, ceiling)
         bar = Bar(task.label, config.steps, step, clock)
         with closing(stream(session, step)) as batches, bar, saver:
+            if owed:
+                with clock.paused():
+                    _evaluate(session, step, log)
             stopping = False
             while step < config.steps and not stopping:
                 saver.check()  # rather than train on for what would be lost
@@ -278,33 +283,60 @@ def fit(session: Session) -> bool:
                 if budget:
                     config = _fit_to_budget(session, budget, step, bar)
                 last = step == config.steps
-                if step == bar.start + SETTLED and not last:
-                    say(f"{task.label}: about {duration(bar.left(step))} for the remaining steps")
                 if log and (step % config.log_every == 0 or last):
                     log.write(step, {**window.close(), **engine.per_resblock()})
-                pictures = bar.rate(step) * config.batch_size
-                rates = {
-                    "tokens/s": f"{pictures * task.tokens_per_picture:,.0f}",
-                    "of GEMM rate": f"{pictures * task.flops_per_picture / ceiling:.0%}",
-                }
-                bar.show(step, {**rates, "loss": f"{metrics['loss']:.4g}"})
+                _show(session, bar, step, metrics["loss"], ceiling)
                 with clock.paused():
-                    if step % config.eval_every == 0 or last:
-                        with engine.averaged():
-                            measured = engine.run(task.evaluate, step)
-                        if log:
-                            log.write(step, measured)
                     if step % config.save_every == 0 or last or stopping:
-                        if log and budget:
-                            record(folder, config)
-                        saver.save(step, engine.state(), {"task": task.state()})
-                        if log and engine.scaling is not None:
-                            draw_scales(folder)
+                        _save(session, saver, step)
+                    # After saving, so that what fails here costs no update; and a stop does not wait for it.
+                    if _evaluation_is_due(config, step) and (last or not stopping):
+                        _evaluate(session, step, log)
         topology.barrier()  # process 0 has written
     _name_skipped(topology.gather(loader.skipped))
     if step < config.steps:
         say(f"stopped after step {step:,} of {config.steps:,}, saved; the same command goes on from there")
     return step >= config.steps
+
+
+def _show(session: Session, bar: Bar, step: int, loss: float, ceiling: float) -> None:
+    task, config = session.task, session.config
+    if step == bar.start + SETTLED and step < config.steps:
+        say(f"{task.label}: about {duration(bar.left(step))} for the remaining steps")
+    pictures = bar.rate(step) * config.batch_size
+    rates = {
+        "tokens/s": f"{pictures * task.tokens_per_picture:,.0f}",
+        "of GEMM rate": f"{pictures * task.flops_per_picture / ceiling:.0%}",
+    }
+    bar.show(step, {**rates, "loss": f"{loss:.4g}"})
+
+
+def _save(session: Session, saver: Saver, step: int) -> None:
+    task, engine, main = session.task, session.engine, session.topology.main
+    if main and session.budget:
+        record(session.folder, session.config)
+    saver.save(step, engine.state(), {"task": task.state()})
+    if main and engine.scaling is not None:
+        draw_scales(session.folder)
+
+
+def _evaluation_is_due(config: Training, step: int) -> bool:
+    return step > 0 and (step % config.eval_every == 0 or step == config.steps)
+
+
+def _owes_an_evaluation(session: Session, step: int) -> bool:
+    """Was the run saved after update `step` and then ended before the evaluation that was due?"""
+    here = session.topology
+    lines = read_metrics(session.folder) if here.main else []
+    made = any(line["step"] == step and any(k.startswith("heldout_") for k in line) for line in lines)
+    return _evaluation_is_due(session.config, step) and not here.any(made)
+
+
+def _evaluate(session: Session, step: int, log: MetricsLog | None) -> None:
+    with session.engine.averaged():
+        measured = session.engine.run(session.task.evaluate, step)
+    if log:
+        log.write(step, measured)
 
 
 def _fit_to_budget(session: Session, budget: Budget, step: int, bar: Bar) -> Training:

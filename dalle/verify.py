@@ -1,9 +1,10 @@
 """Does a training state hold all that the run depends on? Tried out: `dalle verify-resume`."""
 
 import math
+import os
 import tempfile
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -16,8 +17,24 @@ from dalle.states import Saver, State, state_folders
 from dalle.training import Session, resume, stream, update
 
 UPDATES = 3
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Have a GPU, too, give the same bits each time; an operation that cannot, warns."""
+    before, workspace = torch.get_deterministic_debug_mode(), os.environ.get(CUBLAS)
+    torch.set_deterministic_debug_mode("warn")
+    os.environ.setdefault(CUBLAS, ":4096:8")  # without it torch would warn of every matrix product
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+        if workspace is None:
+            del os.environ[CUBLAS]
+
+
+@_deterministic()
 def verify_resume(prepare: Callable[[], Session]) -> str | None:
     """Make three updates from a run's newest state twice: in one go, and stopped after the first.
 

@@ -117,6 +117,9 @@ class DVAETraining(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("warmup", "lr_end", "lr_steps", "beta_steps", "tau_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
         for name in ("tau_start", "tau"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")

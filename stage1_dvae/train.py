@@ -20,7 +20,7 @@ from dalle.optim import parameter_count
 from dalle.pictures import grid, save_png, to_images, to_pixels
 from dalle.precision import best_device, fp32_products
 from dalle.process import suit_computing
-from dalle.runs import Options, Plan, machine_preset, plan
+from dalle.runs import Options, Plan, begun, machine_preset, plan
 from dalle.schedules import cosine, warmup
 from dalle.states import newest_step, state_folders
 from dalle.training import Batch, Session, alone, fit
@@ -56,14 +56,14 @@ def train(options: Options) -> bool:
 
 def _spare_the_prior(options: Options) -> None:
     """Raises `ConfigError` where more updates would change the codes that a prior was begun on."""
-    folder, prior = options.run / "dvae", options.run / "prior" / "config.json"
-    if not prior.exists() or not (folder / "config.json").exists():
+    folder, prior = options.run / "dvae", options.run / "prior"
+    if not begun(prior) or not begun(folder):
         return
     made, steps = newest_step(folder / "state"), resolve(options).training.steps
     if made < steps or options.minutes is not None:
         later = f"{steps:,}" if made < steps else "more"
         raise ConfigError(
-            f"{prior.parent} was begun on this dVAE as it is after {made:,} steps, and would not fit it "
+            f"{prior} was begun on this dVAE as it is after {made:,} steps, and would not fit it "
             f"after {later}: use another --run"
         )
 

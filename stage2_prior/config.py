@@ -129,8 +129,11 @@ class PriorTraining(LargeTraining):
             )
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1")
-        if self.guidance < 0:
-            raise ConfigError(f"guidance={self.guidance} must not be negative")
+        if self.bpe_captions < 1:
+            raise ConfigError(f"bpe_captions={self.bpe_captions} must be at least 1")
+        for name in ("warmup", "patience", "lr_end", "guidance"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
         for name in ("text_weight", "bpe_dropout", "caption_dropout", "code_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must lie between 0 and 1")

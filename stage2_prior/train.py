@@ -101,18 +101,17 @@ def prepare(
     suit_computing()
     run = resolve(options, codes, preset=preset, data=data)
     grown_from = _grown_from(run, codes, coarse)
-    config: PriorTraining = run.training
     device, here = best_device(), topology()
-    precision = precision_of(config)
+    precision = precision_of(run.training)
 
-    source = open_source(run.data, "train", codes.image_size, config.heldout)
-    unseen = open_source(run.data, "heldout", codes.image_size, config.heldout)
+    source = open_source(run.data, "train", codes.image_size, run.training.heldout)
+    unseen = open_source(run.data, "heldout", codes.image_size, run.training.heldout)
     with here.main_first():
         tokenizer = _tokenizer(run, source, coarse)
-    run = replace(run, model=replace(run.model, text_vocab=tokenizer.vocab_size))
-    words = run.model.text_length - 1
     attention = here.share(_attention(run, device, precision))
-    run = replace(run, training=replace(config, attention=attention))
+    config: PriorTraining = replace(run.training, attention=attention)
+    run = replace(run, model=replace(run.model, text_vocab=tokenizer.vocab_size), training=config)
+    words = run.model.text_length - 1
     prepared = partial(
         _prepare, tokenizer=tokenizer, size=codes.image_size, words=words,
         cells=codes.grid**2, dropout=config.bpe_dropout, left_out=config.caption_dropout,
@@ -127,22 +126,8 @@ def prepare(
         loader.skipped |= reader.skipped
         return found
 
-    heldout = first(unseen, config.eval_pictures)
-
-    model = build(lambda: Prior(run.model), config)
-    if config.image_start == "codebook":
-        with whole(model.of_codes()):
-            model.start_from(codes.vectors, config.seed)
-    if coarse is not None and not run.resumed:
-        of, to = coarse.codes.grid, codes.grid
-        say(f"prior: beginning with one over {of}×{of} codes, for {to}×{to}")
-        pictures, *_ = first(source, PICTURES)
-        with whole(model.parameters()):
-            grow(model, coarse, codes, pictures.to(device))
-    place(model, config)
-    # A partitioned layer would otherwise stay whole until its backward pass.
-    model.recompute = config.recompute or partitioned(config)
-    model.attend_by(attention)
+    heldout = tuple(t.to(device) for t in first(unseen, config.eval_pictures))
+    model = _model(run, codes, coarse, lambda: first(source, PICTURES)[0].to(device))
     engine = make_engine(
         model, config, precision, variance_limit=config.variance_limit, matrices=model.matrices(),
     )  # fmt: skip
@@ -155,9 +140,28 @@ def prepare(
     if here.main:
         run.write(dvae=codes.fingerprint, tokenizer=tokenizer.fingerprint(), **grown_from)
     prompts = list(SCENE_PROMPTS) if run.data == "scenes" else _captions(unseen, SHOWN)
-    heldout = tuple(t.to(device) for t in heldout)
     stage = Stage2(model, run, codes, tokenizer, heldout, prompts, precision)
     return Session(stage, engine, loader, run.folder, here, run.budget())
+
+
+def _model(run: Plan, codes: Codes, coarse: Coarse | None, pictures: Callable[[], Tensor]) -> Prior:
+    """The prior as a new run begins; one that goes on loads its weights afterwards."""
+    config: PriorTraining = run.training
+    model = build(lambda: Prior(run.model), config)
+    if config.image_start == "codebook":
+        with whole(model.of_codes()):
+            model.start_from(codes.vectors, config.seed)
+    if coarse is not None and not run.resumed:
+        of, to = coarse.codes.grid, codes.grid
+        say(f"prior: beginning with one over {of}×{of} codes, for {to}×{to}")
+        seen = pictures()
+        with whole(model.parameters()):
+            grow(model, coarse, codes, seen)
+    place(model, config)
+    # A partitioned layer would otherwise stay whole until its backward pass.
+    model.recompute = config.recompute or partitioned(config)
+    model.attend_by(config.attention)
+    return model
 
 
 def _attention(run: Plan, device: torch.device, precision: Arithmetic) -> Backend:
@@ -182,7 +186,7 @@ def _grown_from(run: Plan, codes: Codes, coarse: Coarse | None) -> dict[str, str
 
 
 def _tokenizer(run: Plan, source: Source, coarse: Coarse | None) -> Tokenizer:
-    """The run's tokenizer: that of the prior it grows from, or learned from the captions."""
+    """The run's tokenizer: in a new run that of the prior it grows from, or learned from the captions."""
     path = run.folder / "tokenizer.json"
     if run.resumed:
         tokenizer, begun_with = Tokenizer.load(path), read_json(run.folder / "config.json").get("tokenizer")
@@ -192,17 +196,14 @@ def _tokenizer(run: Plan, source: Source, coarse: Coarse | None) -> Tokenizer:
                 f"{tokenizer.fingerprint()}: put that one back, or use another --run"
             )
         return tokenizer
-    if path.exists():
-        tokenizer = Tokenizer.load(path)
-        if coarse is not None and tokenizer.fingerprint() != coarse.tokenizer.fingerprint():
-            raise ConfigError(f"{path} is not the tokenizer of the prior to grow from: use another --run")
-        return tokenizer
+    if not topology().main:
+        return Tokenizer.load(path)  # which process 0 has just written
     if coarse is not None:
-        coarse.tokenizer.save(path)
-        return coarse.tokenizer
-    say(f"prior: learning up to {run.training.bpe_vocab:,} text tokens from the captions")
-    captions = _some_captions(source, run.training.bpe_captions)
-    tokenizer = Tokenizer.train(captions, run.training.bpe_vocab, run.training.bpe_spaces)
+        tokenizer = coarse.tokenizer
+    else:
+        say(f"prior: learning up to {run.training.bpe_vocab:,} text tokens from the captions")
+        captions = _some_captions(source, run.training.bpe_captions)
+        tokenizer = Tokenizer.train(captions, run.training.bpe_vocab, run.training.bpe_spaces)
     tokenizer.save(path)
     return tokenizer
 

@@ -18,7 +18,7 @@ import torch
 import cli.main
 from dalle.checkpoint import load_tensors, save_weights, sha256
 from dalle.data.open import open_source
-from dalle.states import TensorFile
+from dalle.states import TensorFile, newest_step
 from tests import tiny
 from tests.e2e.settings import dvae, options, prior
 from tests.e2e.warm import complaint
@@ -49,6 +49,12 @@ def run(trained, tmp_path) -> Path:
     return shutil.copytree(trained, tmp_path / "run")
 
 
+def died_early(stage: Path) -> None:
+    """Leave what a start leaves that came no further than its first update."""
+    shutil.rmtree(stage / "state")
+    (stage / "weights.safetensors").unlink()
+
+
 # What was trained
 
 
@@ -74,6 +80,17 @@ def test_a_dvae_is_not_trained_on_under_its_prior(dalle, run):
     assert files(run) == before
     done = dalle(*dvae(run, steps=2))
     assert done.code == 0, done.err  # what is finished may be asked for again
+    died_early(run / "prior")
+    done = dalle(*dvae(run, steps=4))
+    assert done.code == 0, done.err  # nothing was learned on it
+
+
+def test_a_prior_that_died_before_it_saved_anything_starts_anew(dalle, run):
+    died_early(run / "prior")
+    done = dalle(*prior(run, "--set", "bpe_vocab=270", "--set", "batch_size=2", steps=2))
+    assert done.code == 0, done.err
+    config = json.loads((run / "prior" / "config.json").read_text())
+    assert (config["model"]["text_vocab"], config["training"]["batch_size"]) == (270, 2)
 
 
 def test_parts_that_do_not_fit_are_not_exported(dalle, run, tmp_path):
@@ -477,9 +494,12 @@ def test_a_full_disk_while_training_loses_nothing(run, monkeypatch, capsys, stag
     assert last.startswith("error: cannot write ")
     assert "No space left on device; what was saved before is whole" in last
     after = files(run)
+    newer = ["metrics.jsonl", "config.json"]
+    if part == "pictures":  # drawn once the update is saved
+        newer.append("weights.safetensors")
+        assert newest_step(run / stage / "state") == 4
     lost = {
-        name for name in before if after.get(name) != before[name]
-        and not name.endswith(("metrics.jsonl", "config.json"))
+        name for name in before if after.get(name) != before[name] and not name.endswith(tuple(newer))
     }  # fmt: skip
     assert not lost
     assert not list(run.rglob("*.partial"))

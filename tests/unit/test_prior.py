@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dalle.errors import ConfigError
 from stage2_prior.attention import Attention
-from stage2_prior.config import PRESETS, PriorConfig
+from stage2_prior.config import PRESETS, PriorConfig, PriorTraining
 from stage2_prior.loss import losses
 from stage2_prior.model import MLP, Prior, matrix_flops
 from tests import oracles, tiny
@@ -207,6 +208,20 @@ def test_logits_are_fp32_where_the_rest_is_bf16():
     assert found.dtype == torch.float32
     exact = image.double() @ model.image_head.weight.double().T + model.image_head.bias.double()
     torch.testing.assert_close(found.double(), exact, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("bpe_captions", 0, "bpe_captions=0 must be at least 1"),
+        ("warmup", -1, "warmup=-1 must not be negative"),
+        ("patience", -1, "patience=-1 must not be negative"),
+        ("lr_end", -1e-5, "lr_end=-1e-05 must not be negative"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(name, value, message):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        PriorTraining(**{name: value})
 
 
 def test_the_papers_model_has_the_papers_matrices_and_slots():

@@ -1,5 +1,6 @@
 """One process a run folder, and a stop that saves first."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -34,6 +35,21 @@ with stop_signals() as stopped:
     while not stopped() or "stubborn" in sys.argv:
         time.sleep(0.01)
     print("saved", flush=True)
+"""
+SPEAK = """
+import signal, time
+from dalle.console import say
+from dalle.process import stop_signals
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as a command has it
+with stop_signals() as stopped:
+    print("ready", flush=True)
+    while not stopped():
+        time.sleep(0.01)
+    say("a step")
+    print("saved", flush=True)
+assert signal.getsignal(signal.SIGPIPE) == signal.SIG_DFL
+say("stopped")
+raise SystemExit(1)
 """
 
 
@@ -117,13 +133,23 @@ def test_a_signal_only_asks(number):
 
 
 def test_a_signal_asks_even_when_nobody_can_be_told(monkeypatch):
-    def broken(_text):
-        raise BrokenPipeError
+    def gone(_text):
+        raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("dalle.process.say", broken)
+    monkeypatch.setattr("dalle.process.say", gone)
     with stop_signals() as stopped:
         signal.raise_signal(signal.SIGTERM)
         assert stopped()
+
+
+def test_a_run_whose_log_is_read_by_nobody_any_more_saves_all_the_same():
+    """A Ctrl-C ends `tee`, too, to which the run writes."""
+    with start(SPEAK) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.stderr.close()
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == "saved\n"
+        assert process.wait(20) == 1
 
 
 def test_outside_the_main_thread_there_are_no_signals():

@@ -24,10 +24,17 @@ def resolve(run, *settings: str, **options) -> Plan:
 
 
 @pytest.fixture
-def begun(tmp_path):
-    """A run that was started with 500 steps."""
+def started(tmp_path):
+    """A run that was started with 500 steps and has saved nothing yet."""
     resolve(tmp_path, data="pictures", steps=500).write(dvae="0123")
     return tmp_path
+
+
+@pytest.fixture
+def begun(started):
+    """The same after its first save."""
+    (started / "dvae" / "state" / "step-00000100").mkdir(parents=True)
+    return started
 
 
 def test_without_options_it_is_the_default_preset_on_the_default_data(tmp_path):
@@ -172,6 +179,19 @@ def test_repeating_what_is_so_is_no_contradiction(begun):
     assert resolve(begun, "lr=1e-4", "hidden=4", preset="tiny") == resolve(begun)
 
 
+def test_a_run_that_saved_nothing_starts_anew(started):
+    again = resolve(started, "batch_size=8", steps=300)
+    assert not again.resumed
+    assert (again.data, again.training.batch_size, again.training.lr_steps) == ("scenes", 8, 270)
+    assert "lr_steps" in again.spans
+
+
+def test_a_model_without_a_state_is_not_trained_over(started):
+    (started / "dvae" / "weights.safetensors").touch()
+    with pytest.raises(ConfigError, match="holds a trained model, but no training state to go on from"):
+        resolve(started)
+
+
 def test_an_unknown_preset_is_named_on_a_continued_run_too(begun):
     with pytest.raises(ConfigError, match="tyni"):
         resolve(begun, preset="tyni")
@@ -179,6 +199,7 @@ def test_an_unknown_preset_is_named_on_a_continued_run_too(begun):
 
 def test_an_imported_model_has_no_training_to_continue(tmp_path):
     write_json(tmp_path / "dvae" / "config.json", {"format": 1, "preset": "imported", "model": {}})
+    (tmp_path / "dvae" / "weights.safetensors").touch()
     with pytest.raises(ConfigError, match="imported model without a training run"):
         resolve(tmp_path)
 
@@ -198,7 +219,7 @@ def test_an_imported_model_has_no_training_to_continue(tmp_path):
 )
 def test_a_damaged_config_is_told_and_kept(tmp_path, content, message):
     path = tmp_path / "dvae" / "config.json"
-    path.parent.mkdir()
+    (path.parent / "state" / "step-00000100").mkdir(parents=True)
     path.write_text(content)
     with pytest.raises((ConfigError, CheckpointError), match=message):
         resolve(tmp_path)

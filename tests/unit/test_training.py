@@ -169,8 +169,8 @@ def test_things_happen_in_order(tmp_path):
     first, second, third = ([event.format(n) for event in step] for n in range(3))
     saved = ["state"]
     assert task.events == [
-        *first, *second, "evaluate 2", *saved,
-        *third, "evaluate 3", *saved,
+        *first, *second, *saved, "evaluate 2",
+        *third, *saved, "evaluate 3",
     ]  # fmt: skip
 
 
@@ -187,7 +187,9 @@ def test_a_run_stopped_at_any_step_ends_as_an_uninterrupted_one(
     resumed = Regression(tmp_path, config(save_every=save_every))
     assert resumed.run()
     assert f"toy: going on from step {stop_at} in {tmp_path}" in capsys.readouterr().err
-    assert resumed.events[:2] == ["load", f"loss {stop_at}.0"]
+    owed = ["evaluate 4"] if stop_at == 4 else []  # the stop did not wait for it
+    assert f"evaluate {stop_at}" not in stopped.events
+    assert resumed.events[: 2 + len(owed)] == ["load", *owed, f"loss {stop_at}.0"]
     assert_same(outcome(resumed), uninterrupted)
 
 
@@ -200,6 +202,25 @@ def test_a_run_that_died_at_any_step_ends_as_an_uninterrupted_one(tmp_path, unin
     assert resumed.run()
     saved = (crash_at - 1) // 3 * 3
     assert f"loss {saved}.0" in resumed.events[:2]
+    assert_same(outcome(resumed), uninterrupted)
+
+
+@pytest.mark.parametrize("fail_at", [4, STEPS])
+def test_what_an_evaluation_fails_on_costs_no_update(tmp_path, monkeypatch, uninterrupted, fail_at):
+    evaluate = Regression.evaluate
+
+    def fail(self, step):
+        if step == fail_at:
+            raise RuntimeError("out of memory")
+        return evaluate(self, step)
+
+    monkeypatch.setattr(Regression, "evaluate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Regression(tmp_path, config(save_every=4)).run()
+    monkeypatch.setattr(Regression, "evaluate", evaluate)
+    resumed = Regression(tmp_path, config(save_every=4))
+    assert resumed.run()
+    assert resumed.events[:2] == ["load", f"evaluate {fail_at}"]
     assert_same(outcome(resumed), uninterrupted)
 
 

@@ -33,6 +33,23 @@ def test_a_run_that_is_resumed_exactly_is_identical_and_left_alone(tmp_path):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def test_it_asks_for_deterministic_operations_while_it_lasts(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert Regression(tmp_path, config(steps=5)).run()
+    prepare, seen = sessions(tmp_path), []
+
+    def setting():
+        return torch.get_deterministic_debug_mode(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+
+    def look():
+        seen.append(setting())
+        return prepare()
+
+    assert verify_resume(look) is None
+    assert seen == 3 * [(1, ":4096:8")]
+    assert setting() == (0, None)
+
+
 class Forgetful(Regression):
     """Its step size depends on the losses before, which it does not save."""
 
