@@ -468,6 +468,11 @@ def main() -> None:
                 "the device's memory is too small: train with a smaller --set micro_batch=… or with --set "
                 "recompute=true, draw with a smaller --at-once"
             )
+        if str(error).startswith("DataLoader worker"):
+            _fail(
+                f"{str(error).partition('.')[0]}: it read pictures, and lacked memory perhaps; "
+                "give a container more shared memory (docker run --shm-size=8g), or use --set workers=0"
+            )
         if isinstance(error, OSError) and error.filename and not isinstance(error, ConnectionError):
             _fail(f"{error.filename}: {(error.strerror or str(error)).lower()}")
         _end_of_one_among_several(error)

@@ -55,6 +55,7 @@ class Choice:
     rank: int = 0  # total rank of the gradients between machines; 0: not compressed
     muon: bool = False  # matrices have one moment, in fp32
     weights: str = "fp32"  # of the matrices, where each GPU holds the whole model
+    factor_bytes: int = 2  # of a number of what compression sends, and of its error sums
 
     def options(self, other: "Choice") -> str:
         """What changes from `other` to this, as one would type it."""

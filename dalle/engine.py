@@ -180,10 +180,10 @@ class Engine:
         where = f"first in {bad[0]} ({len(bad)} parameters in all)" if bad else "in its norm alone"
         if self.scaling is not None and not self.scaling.outside and self.scaling.overflowed:
             where += f", though smaller gradient scales were tried: {self.scaling.describe_overflow()}"
-        precision = "" if self.precision == "fp32" else " or use --set precision=fp32"
+        precision = "" if self.precision == "fp32" else " or with --set precision=fp32"
         return (
             f"the gradient was not finite in {self.dropped} updates in a row, {where}: "
-            f"lower the step size (--set lr=…){precision}"
+            f"start another --run with a lower step size (--set lr=…){precision}"
         )
 
     def per_resblock(self) -> dict[str, list[float]]:

@@ -61,7 +61,7 @@ def memory(
     halved = choice.weights == "fp16" and stage == 0
     held = held or footprint(model, choice.micro_batch, choice.recompute, precision, halved=halved)
     activations = held.partitioned if stage >= 2 else held.whole - 4 * n
-    errors = 2.0 * matrices / (shards if stage else 1) if choice.rank else 0.0
+    errors = float(choice.factor_bytes) * matrices / (shards if stage else 1) if choice.rank else 0.0
     on_gpu = not (choice.offload and stage)
     four = choice.moments == "16bit" or choice.muon  # bytes of the moments of a matrix
     return Memory(
@@ -161,7 +161,7 @@ def traffic(model: PriorConfig, choice: Choice, cluster: Cluster) -> Traffic:
     if choice.rank:
         factors, whole = low_rank(model, choice.rank, m if choice.stage == 3 else 1)
         senders = m if choice.stage == 0 else 1  # nothing is shared out: every process sends all of it
-        between = senders * ring * (2.0 * factors + 4.0 * (whole + rest))
+        between = senders * ring * (choice.factor_bytes * factors + 4.0 * (whole + rest))
         kept = senders * (factors + whole) / matrices
     else:
         # Without it ZeRO partitions over all machines: stage 3 also gathers the weights across them.

@@ -329,7 +329,7 @@ class PowerSGD:
         if self.lost == LOSSES:
             warn(
                 f"compressing the gradients between machines takes {seconds:.3g} s, a plain mean "
-                f"{plain_seconds:.3g} s: compression_rank=0 would be faster here"
+                f"{plain_seconds:.3g} s: another run with compression_rank=0 would be faster here"
             )
 
     def _held(self, values: Tensor) -> Tensor:

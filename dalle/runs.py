@@ -116,8 +116,11 @@ def plan(
 
 
 def begun(folder: Path) -> bool:
-    """Does a stage's folder hold a model or a training state, not just the config.json of a start?"""
-    made = (folder / "weights.safetensors").exists() or bool(state_folders(folder / "state"))
+    """Does a stage's folder hold a model or a training state, not just what was there before a first save?"""
+    states = folder / "state"
+    made = bool(state_folders(states)) or (
+        (folder / "weights.safetensors").exists() and not any(states.glob("step-*.partial"))
+    )
     return made and (folder / "config.json").exists()
 
 

@@ -166,7 +166,7 @@ REFIT = 10  # updates between two looks at the time left, where a run is to end 
 # What may differ between a run and its continuation without making it another run.
 CHANGEABLE = {
     "steps", "workers", "log_every", "eval_every", "eval_pictures", "save_every", "keep", "tensorboard",
-    "attention", "guidance", "top_p", "micro_batch", "zero", "offload",
+    "attention", "guidance", "top_p", "micro_batch", "recompute", "zero", "offload",
 }  # fmt: skip
 
 Batch: TypeAlias = tuple[Tensor, ...]
@@ -271,7 +271,8 @@ def fit(session: Session) -> bool:
         ceiling = topology.world * gemm_rate(engine.device, engine.precision)
         window = Window(task.tokens_per_picture, clock, task.flops_per_picture, ceiling)
         bar = Bar(task.label, config.steps, step, clock)
-        with closing(stream(session, step)) as batches, bar, saver:
+        # The readers end before the last state is waited for, which may take longer than a killed one lives.
+        with saver, closing(stream(session, step)) as batches, bar:
             if owed:
                 with clock.paused():
                     _evaluate(session, step, log)

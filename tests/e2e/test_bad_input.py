@@ -511,13 +511,26 @@ def test_a_full_disk_while_training_loses_nothing(run, monkeypatch, capsys, stag
 
 
 @pytest.mark.usefixtures("restored")
-def test_running_out_of_memory_is_told_with_what_helps(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+            "error: the device's memory is too small: train with a smaller",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"),
+            "error: DataLoader worker (pid 7) is killed by signal: Bus error: it read pictures",
+        ),
+    ],
+)
+def test_running_out_of_memory_is_told_with_what_helps(monkeypatch, capsys, tmp_path, error, message):
     def burst(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        raise error
 
     monkeypatch.setattr("stage1_dvae.train.train", burst)
     monkeypatch.setattr(sys, "argv", ["dalle", "train-dvae", "--run", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as end:
         cli.main.main()
     assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("error: the device's memory is too small: train with a smaller")
+    assert capsys.readouterr().err.startswith(message)

@@ -156,6 +156,29 @@ def test_a_plan_tells_the_share_that_is_sent_beside_the_papers():
     assert any("20% of the numbers of matrices (14% as the paper cuts them)" in line for line in words(plan))
 
 
+def test_the_format_of_what_is_compressed_counts():
+    packed, plain = (
+        make_plan(
+            "paper", replace(V100S, memory=1e12), zero=3, settings=("depth=1", f"compression_format={f}")
+        )
+        for f in ("16bit", "fp32")
+    )
+    assert plain.stages[3].errors == 2 * packed.stages[3].errors > 0
+    assert plain.sent.between > packed.sent.between
+    assert plain.sent.kept == packed.sent.kept
+
+
+def test_weights_in_fp16_are_planned_whole_on_each_gpu():
+    half = ("depth=1", "weights=fp16", "moments=16bit", "precision=fp16")
+    two = replace(ONE, gpus=2)
+    made = make_plan("paper", two, settings=half)
+    assert (made.choice.stage, list(made.stages)) == (0, [0])
+    with pytest.raises(
+        ConfigError, match="weights=fp16 needs the whole model on each GPU: --zero 0 in place"
+    ):
+        make_plan("paper", two, zero=2, settings=half)
+
+
 def test_what_is_offered_instead_fits():
     model = replace(PRESETS["small"][0], grid=8)
     cluster = replace(ONE, memory=1.2e9)

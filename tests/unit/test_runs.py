@@ -179,6 +179,13 @@ def test_repeating_what_is_so_is_no_contradiction(begun):
     assert resolve(begun, "lr=1e-4", "hidden=4", preset="tiny") == resolve(begun)
 
 
+def test_a_run_that_ended_within_its_first_save_starts_anew(started):
+    """Its weights have their name already, its state has not."""
+    (started / "dvae" / "weights.safetensors").touch()
+    (started / "dvae" / "state" / "step-00000100.partial").mkdir(parents=True)
+    assert not resolve(started, "batch_size=8").resumed
+
+
 def test_a_run_that_saved_nothing_starts_anew(started):
     again = resolve(started, "batch_size=8", steps=300)
     assert not again.resumed
