@@ -89,8 +89,10 @@ def refuse_unwritable(folder: Path) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        # Names of files may not be UTF-8; what Python has for their bytes is written as JSON's own escapes.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: Path) -> dict[str, Any]:

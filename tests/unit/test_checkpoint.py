@@ -403,3 +403,10 @@ def test_json_is_readable_by_people(tmp_path):
     text = (tmp_path / "deep" / "config.json").read_text(encoding="utf-8")
     assert text == '{\n  "format": 1,\n  "name": "año"\n}\n'
     assert json.loads(text)["name"] == "año"
+
+
+def test_a_name_that_is_not_utf_8_comes_back_from_json_as_it_was(tmp_path):
+    name = os.fsdecode(b"pictures \xff")
+    write_json(tmp_path / "config.json", {"data": name, "é": "✓"})
+    assert read_json(tmp_path / "config.json") == {"data": name, "é": "✓"}
+    assert "é" in (tmp_path / "config.json").read_text(encoding="utf-8")
