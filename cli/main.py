@@ -1,10 +1,8 @@
 """The commands. Torch is imported inside them, so that `--help` answers at once."""
 
-import gc
 import os
 import signal
 import sys
-import traceback
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from cli import options as opt
+from cli.ending import ending
 from dalle import __version__
 from dalle.errors import DalleError
 
@@ -452,61 +451,12 @@ def _options(
 
 
 def main() -> None:
-    """The console script: a caller's mistake is one line and exit status 2."""
+    """The console script."""
     # Threads that spin while they wait lose most of a busy machine; read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `dalle … | head` is no error
-    try:
+    with ending():
         app()
-    except DalleError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        _end(1)
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
-            _fail(
-                "the device's memory is too small: train with a smaller --set micro_batch=… or with --set "
-                "recompute=true, draw with a smaller --at-once"
-            )
-        if str(error).startswith("DataLoader worker"):
-            _fail(
-                f"{str(error).partition('.')[0]}: it read pictures, and lacked memory perhaps; "
-                "give a container more shared memory (docker run --shm-size=8g), or use --set workers=0"
-            )
-        if isinstance(error, OSError) and error.filename and not isinstance(error, ConnectionError):
-            _fail(f"{error.filename}: {(error.strerror or str(error)).lower()}")
-        _end_of_one_among_several(error)
-        raise
-    finally:
-        gc.freeze()  # or the interpreter looks through all of torch once more at its end: 0.4 s
-
-
-def _end_of_one_among_several(error: Exception) -> None:
-    """Where another process ended, this one cannot go on: it says so, and leaves the reason to that one."""
-    from dalle.launch import LOST, launched
-
-    if launched():
-        if any(word in str(error) for word in ("gloo", "NCCL", "Connection closed", "Connection reset")):
-            typer.echo("this process lost the others of its run, and ends", err=True)
-            _end(LOST)
-        traceback.print_exc()
-        _end(1)
-
-
-def _fail(message: str) -> Any:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
-    _end(2)
-
-
-def _end(status: int) -> None:
-    """Leave; one among several without waiting for the others, which notice."""
-    from dalle.launch import launched
-
-    if launched():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
 
 
 if __name__ == "__main__":
