@@ -160,24 +160,21 @@ def make_plan(
     if rank is None:
         asked = "compression_rank" in keys(settings)
         rank = training.compression_rank if asked else paper_rank(model.width)
+    halved = training.weights == "fp16"
+    if halved and zero and cluster.gpus > 1:
+        raise ConfigError(
+            f"weights=fp16 needs the whole model on each GPU: --zero 0 in place of --zero {zero}"
+        )
+    # One GPU shares nothing out, and no stage of ZeRO shares out weights in fp16.
+    possible = (0,) if halved or cluster.gpus == 1 else (0, 1, 2, 3)
     choice = Choice(
-        zero if zero is not None else 3, training.moments, training.recompute,
+        possible[-1] if zero is None else min(zero, possible[-1]), training.moments, training.recompute,
         training.pictures_at_once(cluster.gpus), training.offload == "cpu",
         rank=rank if cluster.machines > 1 else 0, muon=training.optimizer == "muon", weights=training.weights,
         factor_bytes=2 if training.compression_format == "16bit" else 4,
     )  # fmt: skip
-    whole = training.weights == "fp16"  # no stage of ZeRO shares such weights out
-    if whole and zero and cluster.gpus > 1:
-        raise ConfigError(
-            f"weights=fp16 needs the whole model on each GPU: --zero 0 in place of --zero {zero}"
-        )
-    if whole:
-        choice = replace(choice, stage=0)
-    possible = (0,) if whole else range(4)
     stages = {s: memory(model, replace(choice, stage=s), cluster, precision) for s in possible}
-    if cluster.gpus == 1:
-        stages, choice = {0: stages[0]}, replace(choice, stage=0)
-    elif zero is None:
+    if zero is None:
         suits = [s for s, needed in stages.items() if needed.total <= cluster.memory]
         choice = replace(choice, stage=min(suits, default=choice.stage))
     fits = stages[choice.stage].total <= cluster.memory
