@@ -5,7 +5,8 @@ any later slot of its mask reaches, in a ring: grid + 1 of them in a row layer, 
 convolutional one. What a slot reads has the same size at every position, and so does its cost.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import no_type_check
 
 import torch
@@ -88,12 +89,12 @@ class State:
     caches: list[Cache]
     masks: list[Tensor]  # n slots
     own: list[Tensor]  # n seen: of each mask what every picture's own window is under
-    tensors: list[Tensor] = field(init=False)  # all of these, kind by kind, then layer by layer
 
-    def __post_init__(self) -> None:
-        tensors = [x for kind in zip(self.masks, self.own, strict=True) for x in kind]
-        tensors += [x for c in self.caches for x in (c.keys, c.values, c.windows, c.ring)]
-        object.__setattr__(self, "tensors", tensors)
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """All of them, kind by kind and then layer by layer, as `Step` takes them."""
+        of_kinds = [x for kind in zip(self.masks, self.own, strict=True) for x in kind]
+        return of_kinds + [x for c in self.caches for x in (c.keys, c.values, c.windows, c.ring)]
 
     @property
     def bytes(self) -> int:
