@@ -33,16 +33,6 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.fixture(scope="module")
-def trained(dalle, tmp_path_factory) -> Path:
-    """A run with both stages and their states."""
-    run = tmp_path_factory.mktemp("trained") / "run"
-    for command in (dvae(run, steps=2), prior(run, steps=2)):
-        done = dalle(*command)
-        assert done.code == 0, done.err
-    return run
-
-
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
     """A copy to be spoiled."""

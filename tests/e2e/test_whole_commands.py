@@ -12,16 +12,7 @@ from dalle.checkpoint import fingerprint
 from dalle.evaluate import SPLITS
 from dalle.scenes.source import Scenes
 from tests import tiny
-from tests.e2e.settings import dvae, options, prior
-
-
-@pytest.fixture(scope="module")
-def trained(dalle, tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("whole") / "run"
-    for command in (dvae(run, steps=2), prior(run, steps=2)):
-        done = dalle(*command)
-        assert done.code == 0, done.err
-    return run
+from tests.e2e.settings import options, prior
 
 
 def test_a_resumed_run_is_identical(dalle, trained):
