@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dalle.noise import Noise, uniform
+from dalle.noise import Noise, negative_gumbel
 
 # Log-probabilities at a time: what a core's cache holds; enough for a GPU.
 AT_ONCE = {"cpu": 2**19, "cuda": 2**26}
@@ -52,9 +52,8 @@ def relax(
     """
     x = torch.empty_like(log_q, memory_format=torch.contiguous_format) if out is None else out
     for row, generator in zip(x, generators, strict=True):
-        uniform(generator, out=row)
-    negative_gumbel = x.log_().neg_().log_()
-    return torch.softmax(torch.sub(log_q, negative_gumbel, out=x).div_(tau), -1, out=x)
+        negative_gumbel(generator, out=row)
+    return torch.softmax(torch.sub(log_q, x, out=x).div_(tau), -1, out=x)
 
 
 def kl_to_uniform(log_q: Float[Tensor, "*n v"], q: Float[Tensor, "*n v"]) -> Float[Tensor, "*n"]:
@@ -71,7 +70,7 @@ class _Posterior(torch.autograd.Function):
             here = log_q[some, rows]
             torch.log_softmax(logits[some, rows], -1, out=here)
             relax(here, tau, generators[some], out=relaxed[some, rows])
-            q = _exp(here)
+            q = torch.softmax(logits[some, rows], -1)  # in less time than exp(log q) takes
             kl[some, rows] = kl_to_uniform(here, q)
             mean[some] += q.sum(1)
         ctx.save_for_backward(log_q, relaxed)
@@ -92,16 +91,11 @@ class _Posterior(torch.autograd.Function):
             here = log_q[some, rows]
             # d(Σ q ln q)/dq is ln q + 1, and the 1 falls out.
             of_q = torch.addcmul(of_mean[some, None], here, of_kl[some, rows, None])
-            grad[some, rows] = through_softmax(of_q, _exp(here), -1, grad.dtype)
+            grad[some, rows] = through_softmax(of_q, torch.softmax(here, -1), -1, grad.dtype)
             if of_relaxed is not None:  # as if log_q were the logits: normalising changes neither softmax
                 sample = through_softmax(of_relaxed[some, rows], relaxed[some, rows], -1, grad.dtype)
                 grad[some, rows].add_(sample, alpha=1 / ctx.tau)
         return grad, None, None
-
-
-def _exp(log_q: Tensor) -> Tensor:
-    """Without underflow, over which MKL takes thirty times as long, and sharp posteriors have little else."""
-    return log_q.clamp_min(-80).exp_()
 
 
 def _pieces(x: Float[Tensor, "b n v"]) -> Iterator[tuple[slice, slice]]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dalle import noise
 from dalle.noise import keyed, noise_of, uniform
 
 CPU = torch.device("cpu")
@@ -45,3 +46,15 @@ def test_a_part_of_a_larger_tensor_is_filled_in_place():
     rows = torch.full((3, 8), -1.0)
     uniform(noise_of(CPU, 1), rows[1])
     assert (rows > 0).tolist() == [[False] * 8, [True] * 8, [False] * 8]
+
+
+@pytest.mark.parametrize("kind", [keyed, noise_of])
+@pytest.mark.parametrize("by_numpy", [True, False])
+def test_gumbel_noise_is_the_double_logarithm_of_these_numbers(monkeypatch, kind, by_numpy):
+    monkeypatch.setattr(noise, "X86", by_numpy)
+    rows = torch.zeros(3, 4096)
+    found = noise.negative_gumbel(kind(CPU, 3), rows[1:])
+    assert found.data_ptr() == rows[1:].data_ptr()
+    assert not rows[0].any()
+    exact = (-uniform(kind(CPU, 3), torch.empty(2, 4096)).double().log()).log()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
