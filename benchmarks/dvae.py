@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from dalle.engine import Engine
 from dalle.noise import noise_of
 from dalle.optim import AdamW, Average
-from dalle.precision import arithmetic, best_device, choose
+from dalle.precision import arithmetic, best_device, choose, products
 from dalle.process import suit_computing
 from stage1_dvae.config import PRESETS, DVAEConfig
 from stage1_dvae.likelihood import log_likelihood
@@ -88,7 +88,9 @@ def networks(model: DVAE, pixels: torch.Tensor) -> Callable[[], None]:
 
     def step() -> None:
         with arithmetic(precision, device):
-            model.threads.apply(of_some, pixels, parameters=parameters).mean().backward()
+            y = model.threads.apply(of_some, pixels, parameters=parameters)
+        with products(precision, device):
+            y.mean().backward()
         for p in parameters:
             p.grad = None
 

@@ -1,11 +1,14 @@
 """Where the arithmetic happens and in which type, decided by asking the device."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
 from dalle.errors import ConfigError
 from dalle.threads import using
@@ -48,6 +51,50 @@ def as_they_are(device: torch.device) -> AbstractContextManager[object]:
     Where only shapes count there is no data, and no autocast of its device.
     """
     return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+
+
+def tiles() -> bool:
+    """Whether this CPU has AMX, whose products of bf16 are fast at any shape."""
+    ask = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch has no public question for it
+    return ask is not None and bool(ask())
+
+
+def rounding(device: torch.device) -> bool:
+    """Whether matrix products are made in bf16 here, on a CPU."""
+    autocast = device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return autocast and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def fp32_linear(
+    x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None
+) -> Float[Tensor, "*n o"]:
+    """A linear layer in fp32, whatever is around it.
+
+    Only its gradients are products in bf16 where all others are so on a CPU: in fp32 those take more than
+    twice as long, and have no use for the digits.
+    """
+    rounded = rounding(x.device) and torch.is_grad_enabled()
+    with as_they_are(x.device):
+        linear: Callable[..., Tensor] = _Fp32Linear.apply if rounded else F.linear
+        return linear(x.float(), weight, bias)
+
+
+class _Fp32Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (of_x, of_weight, of_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        grad = grads[0].flatten(0, -2)
+        rounded = grad.bfloat16()
+        return (
+            (rounded @ weight.bfloat16()).float().view_as(x) if of_x else None,
+            (rounded.t() @ x.flatten(0, -2).bfloat16()).float() if of_weight else None,
+            grad.sum(0) if of_bias else None,
+        )
 
 
 def _seconds(dtype: torch.dtype) -> float:

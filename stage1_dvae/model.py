@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dalle.checkpoint import load_model
 from dalle.initial import draw_seed, draw_weights
-from dalle.precision import as_they_are, fp32_products
+from dalle.precision import as_they_are, fp32_linear, fp32_products
 from dalle.threads import Threads, cores
 from stage1_dvae.config import DVAEConfig
 from stage1_dvae.likelihood import map_pixels, reconstruction
@@ -38,17 +38,15 @@ class Conv2d(nn.Module):
         self.b = nn.Parameter(torch.zeros(c_out))
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
-        if not self.fp32:
-            return self._convolve(x)
-        with as_they_are(x.device):
-            return self._convolve(x.float())
-
-    def _convolve(self, x: Tensor) -> Tensor:
         last = x.permute(0, 2, 3, 1)
         if self.padding == 0 and x.device.type == "cpu" and last.is_contiguous() and not x.is_contiguous():
             # With channels last a 1×1 convolution is a product of matrices, which CPUs are faster in.
-            return F.linear(last, self.w.flatten(1), self.b).permute(0, 3, 1, 2)
-        return F.conv2d(x, self.w, self.b, padding=self.padding)
+            product = fp32_linear if self.fp32 else F.linear
+            return product(last, self.w.flatten(1), self.b).permute(0, 3, 1, 2)
+        if not self.fp32:
+            return F.conv2d(x, self.w, self.b, padding=self.padding)
+        with as_they_are(x.device):
+            return F.conv2d(x.float(), self.w, self.b, padding=self.padding)
 
 
 class ResBlock(nn.Module):

@@ -13,12 +13,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dalle.precision import as_they_are
+from dalle.precision import fp32_linear
 from stage2_prior.activation import gelu
 from stage2_prior.config import PriorConfig
 
 WIDENING = 2  # hidden channels of the MLP for each channel of the residual stream
 AFTER_GELU = 0.65  # root mean square of x·sigmoid(1.702x) where x is N(0, 1)
+
+
+class _Linear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return fp32_linear(input, self.weight, self.bias)
 
 
 class CodeVectors(nn.Module):
@@ -28,15 +33,14 @@ class CodeVectors(nn.Module):
         super().__init__()
         hidden = WIDENING * config.width
         self.vectors = nn.Parameter(torch.empty(config.image_vocab, config.code_channels))
-        self.up = nn.Linear(config.code_channels, hidden)
-        self.embedding = nn.Linear(hidden, config.width, bias=False)
-        self.head = nn.Linear(hidden, config.width, bias=False)
+        self.up = _Linear(config.code_channels, hidden)
+        self.embedding = _Linear(hidden, config.width, bias=False)
+        self.head = _Linear(hidden, config.width, bias=False)
 
     def forward(self) -> tuple[Float[Tensor, "v w"], Float[Tensor, "v w"]]:
         """The parts of the embeddings and of the head's rows, of all codes; in fp32, as those are."""
-        with as_they_are(self.vectors.device):
-            hidden = gelu(self.up(self.vectors))
-            return self.embedding(hidden), self.head(hidden)
+        hidden = gelu(self.up(self.vectors))
+        return self.embedding(hidden), self.head(hidden)
 
     def spreads(self, embedding: float, head: float) -> Iterator[tuple[Tensor, float]]:
         """Standard deviations at the start that give the two parts those of `embedding` and `head`."""

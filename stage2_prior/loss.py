@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dalle.precision import as_they_are
+from dalle.precision import as_they_are, rounding
 from dalle.threads import Threads
 from stage2_prior.model import Prior
 
@@ -71,11 +71,9 @@ def cross_entropy(
     Args:
         at_once: how many logits; what suits the device unless it is given.
     """
-    most, product = AT_ONCE[states.device.type], torch.float32
+    most, product = AT_ONCE[states.device.type], torch.bfloat16 if rounding(states.device) else torch.float32
     if states.device.type == "cpu":
         most = min(most, 2 * weight.numel())
-        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
-            product = torch.bfloat16
     rows = max(1, (at_once or most) // len(weight))
     total: Tensor = _CrossEntropy.apply(states.float(), weight.float(), bias.float(), targets, rows, product)
     return total
@@ -111,7 +109,7 @@ class _CrossEntropy(torch.autograd.Function):
                     torch.mul(wide @ rounded, share, out=of_states[at : at + rows])
                     part = wide.t() @ (x * share).to(product)
                     of_weight = part.float() if of_weight is None else of_weight.add_(part)
-                    of_bias += (e.t() @ share)[:, 0]
+                    of_bias += torch.mv(e.t(), share[:, 0])
         if wanted:
             of_weight = torch.zeros_like(weight) if of_weight is None else of_weight
             ctx.save_for_backward(of_states, of_weight, of_bias)

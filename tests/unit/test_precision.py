@@ -1,11 +1,14 @@
 """Which type, decided by asking the device."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dalle import precision
 from dalle.errors import ConfigError
-from dalle.precision import arithmetic, choose, products
+from dalle.precision import arithmetic, choose, fp32_linear, products
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -59,3 +62,40 @@ def test_fp32_products_beside_bf16_round_their_operands_on_a_cpu_and_only_there(
     with pytest.raises(ZeroDivisionError), products("bf16", CPU):
         raise ZeroDivisionError
     assert found() == before
+
+
+def linear_with_gradients(layer, around):
+    """Output and gradients of a linear layer, forward under `around`, backward outside, as in training."""
+    random = torch.Generator().manual_seed(0)
+    x, w, b, slope = (torch.randn(*shape, generator=random) for shape in ((2, 7, 5), (3, 5), (3,), (2, 7, 3)))
+    inputs = [x.requires_grad_(), w.requires_grad_(), b.requires_grad_()]
+    with around:
+        y = layer(*inputs)
+    return y, torch.autograd.grad(y, inputs, slope)
+
+
+@pytest.mark.parametrize("around", [nullcontext(), torch.autocast("cpu", torch.float16)])
+def test_an_fp32_layer_is_fp32_throughout_beside_other_types(around):
+    y, of = linear_with_gradients(fp32_linear, around)
+    exact, slopes = linear_with_gradients(F.linear, nullcontext())
+    assert all(torch.equal(a, b) for a, b in zip((y, *of), (exact, *slopes), strict=True))
+
+
+def test_an_fp32_layer_beside_bf16_rounds_only_what_its_gradients_are_products_of():
+    y, of = linear_with_gradients(fp32_linear, torch.autocast("cpu", torch.bfloat16))
+    exact, slopes = linear_with_gradients(F.linear, nullcontext())
+    assert y.dtype == torch.float32
+    assert torch.equal(y, exact)
+    assert torch.equal(of[2], slopes[2])  # the bias' is no product
+    for found, expected in zip(of[:2], slopes[:2], strict=True):
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, expected)
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=0.03)
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    x, w = torch.ones(2, 3), torch.ones(4, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        fp32_linear(x, w).sum().backward()
+    torch.testing.assert_close(w.grad, torch.full((4, 3), 2.0))
+    assert x.grad is None
