@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle.boundary import opened
-from dalle.precision import as_they_are, fp32_products
+from dalle.precision import as_they_are, fp32_products, tiles
 from dalle.text import NO_TOKEN
 from dalle.threads import using
 from stage2_prior.activation import STEEPNESS, quick_gelu
@@ -35,7 +35,8 @@ class Decoder:
     Args:
         rows: pictures that will be drawn side by side; the linear layers' form is chosen for it.
         weights: see `stage2_prior.linear`.
-        precision: what the device computes in: of keys and values beside int8 and int4, and `auto` on a GPU.
+        precision: what the device computes in: on a CPU with AMX also keys and values beside int8 and int4,
+            on a GPU what `auto` stands for.
 
     Raises:
         ConfigError: the device has no such weights.
@@ -67,7 +68,8 @@ class Decoder:
                 fastest(alike, self.weights, rows, times)
                 for alike, times in zip(zip(*linears, strict=True), factors, strict=True)
             ]
-        in_bf16 = rounded and "bf16" in (self.weights, precision)
+        # Of few rows other CPUs make the products of attention slower in bf16.
+        in_bf16 = self.weights == "bf16" or (rounded and precision == "bf16" and tiles())
         self.dtype = torch.bfloat16 if in_bf16 else torch.float32  # of keys, values and attention
         kinds = [layer.attention.kind for layer in self.layers]
         self.windows = {kind: Window.of(kind, c.grid, c.kernel, self.device) for kind in dict.fromkeys(kinds)}

@@ -20,8 +20,8 @@ from dalle.errors import ConfigError
 # fp32    as they are
 # fp16    rounded to 16 bits, every product and sum in fp32; on CPUs
 # bf16    weights and inputs in bf16, sums in fp32
-# int8    rounded to 8 bits, with a scale for every output; inputs in bf16; on CPUs. Keys and values are bf16
-#         on those that compute in it
+# int8    rounded to 8 bits, with a scale for every output; inputs in bf16; on CPUs. With AMX keys and values
+#         are bf16
 # int4    rounded to 4 bits, with a scale and an offset for every 32 inputs of an output; otherwise like int8
 # auto    on a GPU bf16 where it computes in it; on a CPU fp16 where no weight changes by it, otherwise fp32:
 #         what is drawn then depends neither on a trial nor on how many pictures are drawn together

@@ -34,6 +34,12 @@ shapes = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(autouse=True)
+def a_cpu_with_tiles(monkeypatch):
+    """Every machine tests both kinds of keys and values."""
+    monkeypatch.setattr(decode, "tiles", lambda: True)
+
+
 def whole(model: Prior, tokens: Tensor, codes: Tensor) -> Tensor:
     """Logits of every image slot from one forward pass, without a cache."""
     with torch.no_grad():
@@ -87,7 +93,7 @@ def test_rounded_inputs_stay_within_their_rounding(weights, precision, limit):
     assert 1e-4 < off < limit  # bf16 has 8 bits: 2^-9 in each of some dozen products that grow together
 
 
-def test_keys_and_values_are_held_in_bf16_where_the_machine_computes_in_it():
+def test_keys_and_values_are_held_in_bf16_where_attention_is_fast_in_it(monkeypatch):
     model = tiny.prior()
     memory = {}
     for weights, precision in (("int8", "fp32"), ("int8", "bf16"), ("int4", "bf16"), ("fp32", "bf16")):
@@ -96,6 +102,10 @@ def test_keys_and_values_are_held_in_bf16_where_the_machine_computes_in_it():
         memory[weights, precision] = decoder.state(text, 2).bytes
     assert memory["int8", "fp32"] == memory["fp32", "bf16"] == 2 * memory["int8", "bf16"]
     assert memory["int4", "bf16"] == memory["int8", "bf16"]
+    monkeypatch.setattr(decode, "tiles", lambda: False)
+    assert [Decoder(model, 2, weights, "bf16").dtype for weights in ("int8", "int4", "bf16")] == [
+        torch.float32, torch.float32, torch.bfloat16,
+    ]  # fmt: skip
 
 
 def test_bf16_equals_the_forward_pass_in_bf16():
