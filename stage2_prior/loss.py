@@ -98,18 +98,16 @@ class _CrossEntropy(torch.autograd.Function):
             for at in range(0, len(states), rows):
                 x, target = states[at : at + rows], targets[at : at + rows, None]
                 logits = torch.mm(x, weight.t()).add_(bias)  # addmm would write the bias out first
-                most, chosen = logits.amax(1, keepdim=True), logits.gather(1, target)
-                e = logits.sub_(most).exp_()
-                whole = e.sum(1, keepdim=True)
-                total += (most + whole.log() - chosen).sum()
+                most, chosen = logits.amax(1), logits.gather(1, target)[:, 0]
+                p = torch.softmax(logits, 1, out=logits)
+                total += (most - p.amax(1).log() - chosen).sum()  # most − ln p(most) is ln Σ exp
                 if wanted:
-                    # The gradient times `whole`, by which the narrow side of each product is divided instead.
-                    e.scatter_add_(1, target, -whole)
-                    wide, share = e.to(product), whole.reciprocal()
-                    torch.mul(wide @ rounded, share, out=of_states[at : at + rows])
-                    part = wide.t() @ (x * share).to(product)
+                    of_logits = p.scatter_add_(1, target, p.new_full((), -1).expand_as(target))
+                    of_bias += of_logits.sum(0)
+                    wide = of_logits.to(product)
+                    of_states[at : at + rows] = wide @ rounded
+                    part = wide.t() @ x.to(product)
                     of_weight = part.float() if of_weight is None else of_weight.add_(part)
-                    of_bias += torch.mv(e.t(), share[:, 0])
         if wanted:
             of_weight = torch.zeros_like(weight) if of_weight is None else of_weight
             ctx.save_for_backward(of_states, of_weight, of_bias)
