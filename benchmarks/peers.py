@@ -294,7 +294,7 @@ def draw(folder: Path, rounds: int) -> None:
             )
         prior = Prior(_config(shape)).eval()
         streams = {}
-        for weights in ("auto", "int8", "int4"):
+        for weights in ("auto", "fp16", "int8", "int4"):
             decoder = Decoder(prior, 1, weights, precision)  # type: ignore[arg-type]
             seen, uniform = read(decoder, tokens[:, 1:], Sampling()), noise(0, range(1), cells)
             name = f"dalle, {decoder.weights}"
