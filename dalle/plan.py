@@ -15,9 +15,10 @@ from dalle.forecast import Cost, Memory, Traffic, cost, memory, paper_memory, tr
 from dalle.low_rank import paper_rank
 from stage1_dvae.config import PRESETS as DVAE_PRESETS
 from stage2_prior.config import PRESETS, PriorConfig, PriorTraining
-from stage2_prior.footprint import Footprint, footprint, parameters
+from stage2_prior.footprint import Footprint, flops, footprint, parameters
 
 TOKENS_PER_PARAMETER = 20  # of training, where the data allows (Hoffmann et al. 2022)
+NOTHING = Footprint(0, 0)
 EPOCHS = 30  # passes over the data beyond which more steps rather memorise
 
 
@@ -34,8 +35,10 @@ def cheaper(
         changed = _changed(choice, other)
         if any(_changed(choice, c) <= changed and c.micro_batch >= other.micro_batch for c, _ in found):
             continue
+        if len(found) == 3 or memory(model, other, cluster, precision, NOTHING).total > cluster.memory:
+            continue  # to find the activations takes seconds
         needed = memory(model, other, cluster, precision)
-        if needed.total <= cluster.memory and len(found) < 3:
+        if needed.total <= cluster.memory:
             found.append((other, needed))
     told = [(other.options(choice), needed) for other, needed in found]
     small = replace(choice, stage=3 if cluster.gpus > 1 else choice.stage, moments=_smallest_moments(choice))
@@ -142,14 +145,7 @@ def make_plan(
     Raises:
         ConfigError: an unknown preset or setting, or a batch that the GPUs cannot share.
     """
-    model, training = named_preset(PRESETS, preset)
-    sections = override({"model": model, "training": training}, settings)
-    model, training = sections["model"], sections["training"]
-    if preset in DVAE_PRESETS:
-        dvae, _ = DVAE_PRESETS[preset]
-        model = replace(
-            model, grid=dvae.grid, image_vocab=dvae.vocab_size, text_vocab=training.bpe_vocab
-        )  # fmt: skip
+    model, training = _trained(preset, settings)
     if training.batch_size % cluster.gpus:
         raise ConfigError(
             f"batch_size={training.batch_size} cannot be shared by {cluster.gpus} GPUs: "
@@ -188,6 +184,17 @@ def make_plan(
     )  # fmt: skip
 
 
+def _trained(preset: str, settings: tuple[str, ...] = ()) -> tuple[PriorConfig, PriorTraining]:
+    """The prior of a preset over the codes of its dVAE."""
+    model, training = named_preset(PRESETS, preset)
+    sections = override({"model": model, "training": training}, settings)
+    model, training = sections["model"], sections["training"]
+    if preset in DVAE_PRESETS:
+        dvae, _ = DVAE_PRESETS[preset]
+        model = replace(model, grid=dvae.grid, image_vocab=dvae.vocab_size, text_vocab=training.bpe_vocab)
+    return model, training
+
+
 @dataclass(frozen=True)
 class Proposal:
     """A run that a budget of hours allows."""
@@ -214,7 +221,12 @@ def propose(cluster: Cluster, pictures: int, hours: float, precision: Any = "bf1
             f"a proposal needs pictures and time; there are {pictures:,} pictures, {hours:g} hours"
         )
     found: Proposal | None = None
-    for name, (model, training) in PRESETS.items():
+    for name in PRESETS:
+        model, training = _trained(name)
+        wanted = TOKENS_PER_PARAMETER * parameters(model)[0]
+        products = hours * 3600 * cluster.gpus * cluster.rate
+        if found and model.length * min(EPOCHS * pictures, products / flops(model, False)) < wanted:
+            continue  # whether it fits or not, which takes seconds to find
         batch = max(1, round(training.batch_size / cluster.gpus)) * cluster.gpus
         try:
             plan = make_plan(name, cluster, settings=(f"batch_size={batch}",), precision=precision)
@@ -224,10 +236,10 @@ def propose(cluster: Cluster, pictures: int, hours: float, precision: Any = "bf1
             continue
         affordable = int(hours * 3600 / plan.cost.step_seconds)
         steps = min(affordable, EPOCHS * pictures // batch, training.steps)
-        seen = steps * batch * model.length / parameters(model)[0]
-        if found is None or (seen >= TOKENS_PER_PARAMETER and steps > 0):
+        seen = steps * batch * model.length
+        if found is None or (seen >= wanted and steps > 0):
             taken = steps * plan.cost.step_seconds / 3600
-            found = Proposal(name, batch, steps, steps * batch / pictures, seen, taken)
+            found = Proposal(name, batch, steps, steps * batch / pictures, seen / parameters(model)[0], taken)
     if found is None or found.steps < 1:
         raise ConfigError("no preset fits into this memory and these hours: more of either is needed")
     return found

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from dalle import forecast, plan
 from dalle.cluster import Choice, Cluster, size_in_bytes
 from dalle.engine import Engine
 from dalle.errors import ConfigError
@@ -206,6 +207,29 @@ def test_a_proposal_keeps_to_the_hours_and_the_data():
     assert many.preset == "small"
     assert few.preset == "tiny"
     assert few.epochs <= 30
+    for proposal in (many, few):
+        model = make_plan(proposal.preset, ONE, precision="fp32").model
+        seen = proposal.steps * proposal.batch_size * (model.text_length + model.cells)
+        assert proposal.tokens_per_parameter == pytest.approx(seen / parameters(model)[0])
+
+
+def test_what_neither_data_nor_hours_could_train_is_not_worked_out(monkeypatch):
+    tried = []
+
+    def noted(name, *args, **more):
+        tried.append(name)
+        return make_plan(name, *args, **more)
+
+    monkeypatch.setattr(plan, "make_plan", noted)
+    propose(replace(ONE, rate=1e14), pictures=1000, hours=24.0, precision="fp32")
+    propose(replace(ONE, rate=1e9), pictures=10**8, hours=1.0, precision="fp32")
+    assert tried == ["tiny", "tiny"]
+
+
+def test_the_activations_of_what_overfills_a_gpu_without_them_are_not_worked_out(monkeypatch):
+    monkeypatch.setattr(forecast, "footprint", lambda *args, **more: pytest.fail("they were"))
+    model, choice = PRESETS["tiny"][0], Choice(0, "fp32", False, 16)
+    assert cheaper(model, choice, replace(V100S, memory=1e6)) == []
 
 
 @pytest.mark.parametrize(("text", "size"), [("16GB", 16e9), ("40 GiB", 40 * 2**30), ("500MB", 5e8)])
