@@ -130,7 +130,7 @@ def products(precision: Arithmetic, device: torch.device) -> AbstractContextMana
     """The context of what is computed beside 16-bit products, backward passes included.
 
     With bf16 on a CPU fp32 products round their operands to it, which is for such a CPU what TF32 is for a
-    GPU: the heads cost half.
+    GPU: the heads cost half. oneDNN does so with AMX only.
     """
     return fp32_products("bf16") if precision == "bf16" and device.type == "cpu" else nullcontext()
 
