@@ -18,7 +18,7 @@ from stage2_prior.config import PRESETS, PriorConfig, PriorTraining
 from stage2_prior.footprint import Footprint, flops, footprint, parameters
 
 TOKENS_PER_PARAMETER = 20  # of training, where the data allows (Hoffmann et al. 2022)
-NOTHING = Footprint(0, 0)
+NOTHING = Footprint(0, 0)  # what is needed whatever a pass holds
 EPOCHS = 30  # passes over the data beyond which more steps rather memorise
 
 

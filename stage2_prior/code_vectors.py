@@ -22,6 +22,8 @@ AFTER_GELU = 0.65  # root mean square of x·sigmoid(1.702x) where x is N(0, 1)
 
 
 class _Linear(nn.Linear):
+    """In fp32, as the tables that it makes."""
+
     def forward(self, input: Tensor) -> Tensor:
         return fp32_linear(input, self.weight, self.bias)
 
