@@ -32,10 +32,12 @@ def cheaper(
     """
     found: list[tuple[Choice, Memory]] = []
     for other in sorted(_changes(choice, cluster), key=lambda c: _price(choice, c)):
+        if len(found) == 3:
+            break
         changed = _changed(choice, other)
         if any(_changed(choice, c) <= changed and c.micro_batch >= other.micro_batch for c, _ in found):
             continue
-        if len(found) == 3 or memory(model, other, cluster, precision, NOTHING).total > cluster.memory:
+        if memory(model, other, cluster, precision, NOTHING).total > cluster.memory:
             continue  # to find the activations takes seconds
         needed = memory(model, other, cluster, precision)
         if needed.total <= cluster.memory:

@@ -98,7 +98,8 @@ class Decoder:
                 with using(count):
                     began = time.perf_counter()
                     self.step(codes, state, slot)
-                    seconds[count] += (time.perf_counter() - began) * (turn > 0)
+                    if turn:
+                        seconds[count] += time.perf_counter() - began
         return min(seconds, key=seconds.__getitem__)
 
     @property

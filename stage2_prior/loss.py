@@ -102,7 +102,7 @@ class _CrossEntropy(torch.autograd.Function):
                 p = torch.softmax(logits, 1, out=logits)
                 total += (most - p.amax(1).log() - chosen).sum()  # most − ln p(most) is ln Σ exp
                 if wanted:
-                    of_logits = p.scatter_add_(1, target, p.new_full((), -1).expand_as(target))
+                    of_logits = p.scatter_add_(1, target, p.new_full(target.shape, -1))
                     of_bias += of_logits.sum(0)
                     wide = of_logits.to(product)
                     of_states[at : at + rows] = wide @ rounded
