@@ -73,7 +73,7 @@ def elbo(
         q = posterior(logits.flatten(1, 2), tau, [generators[place] for place in places])
         decoded = model.decoded(q.relaxed.view_as(logits).permute(0, 3, 1, 2)).float()
         nll = -log_likelihood(pixels, decoded, model.config.pixel_std).mean((1, 2, 3))
-        return nll, q.kl.mean(1), q.mean, most_probable(q.log_q.view_as(logits)), decoded.detach()
+        return nll, q.kl.mean(1), q.mean, most_probable(logits.detach()), decoded.detach()
 
     nll, kl, mean, codes, decoded = model.threads.apply(
         of_some, pixels, torch.arange(len(pixels)), parameters=list(model.parameters())

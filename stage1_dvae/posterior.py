@@ -22,9 +22,8 @@ AT_ONCE = {"cpu": 2**19, "cuda": 2**26}
 
 
 class Posterior(NamedTuple):
-    """What `posterior` returns; all but `log_q` can be differentiated."""
+    """What `posterior` returns."""
 
-    log_q: Float[Tensor, "b n v"]  # normalised log-probabilities of the codes at every position
     relaxed: Float[Tensor, "b n v"]  # a sample on the simplex, see `relax`
     kl: Float[Tensor, "b n"]  # KL(q ‖ uniform) in nats
     mean: Float[Tensor, "b v"]  # how often each code is expected to be chosen in a picture
@@ -64,37 +63,36 @@ def kl_to_uniform(log_q: Float[Tensor, "*n v"], q: Float[Tensor, "*n v"]) -> Flo
 class _Posterior(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tau: float, generators: Sequence[Noise]) -> tuple[Tensor, ...]:
-        (pictures, n, v), log_q, relaxed = logits.shape, torch.empty_like(logits), torch.empty_like(logits)
+        (pictures, n, v), relaxed = logits.shape, torch.empty_like(logits)
         kl, mean = logits.new_empty(pictures, n), logits.new_zeros(pictures, v)
         for some, rows in _pieces(logits):
-            here = log_q[some, rows]
-            torch.log_softmax(logits[some, rows], -1, out=here)
-            relax(here, tau, generators[some], out=relaxed[some, rows])
+            log_q = torch.log_softmax(logits[some, rows], -1)
+            relax(log_q, tau, generators[some], out=relaxed[some, rows])
             q = torch.softmax(logits[some, rows], -1)  # in less time than exp(log q) takes
-            kl[some, rows] = kl_to_uniform(here, q)
             mean[some] += q.sum(1)
-        ctx.save_for_backward(log_q, relaxed)
-        ctx.mark_non_differentiable(log_q)
-        ctx.set_materialize_grads(False)  # zeros for log_q would be as large as it is
+            kl[some, rows] = kl_to_uniform(log_q, q)
+        ctx.save_for_backward(logits, relaxed)
+        ctx.set_materialize_grads(False)
         ctx.tau = tau
-        return log_q, relaxed, kl, mean / n
+        return relaxed, kl, mean / n
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        log_q, relaxed = ctx.saved_tensors
-        (pictures, n, v), grad = log_q.shape, torch.empty_like(log_q)
-        _, of_relaxed, of_kl, of_mean = grads
+        logits, relaxed = ctx.saved_tensors
+        (pictures, n, v), grad = logits.shape, torch.empty_like(logits)
+        of_relaxed, of_kl, of_mean = grads
         through_softmax = torch.ops.aten._softmax_backward_data  # dp, p -> p (dp - Σ p dp)
-        of_kl = log_q.new_zeros(pictures, n) if of_kl is None else of_kl
-        of_mean = log_q.new_zeros(pictures, v) if of_mean is None else of_mean / n
-        for some, rows in _pieces(log_q):
-            here = log_q[some, rows]
-            # d(Σ q ln q)/dq is ln q + 1, and the 1 falls out.
+        of_kl = logits.new_zeros(pictures, n) if of_kl is None else of_kl
+        of_mean = logits.new_zeros(pictures, v) if of_mean is None else of_mean / n
+        for some, rows in _pieces(logits):
+            here = logits[some, rows]
+            # d(Σ q ln q)/dq is ln q + 1; what is the same for all codes falls out, so that logits do for ln q.
             of_q = torch.addcmul(of_mean[some, None], here, of_kl[some, rows, None])
-            grad[some, rows] = through_softmax(of_q, torch.softmax(here, -1), -1, grad.dtype)
-            if of_relaxed is not None:  # as if log_q were the logits: normalising changes neither softmax
+            of_here = through_softmax(of_q, torch.softmax(here, -1), -1, grad.dtype)
+            if of_relaxed is not None:
                 sample = through_softmax(of_relaxed[some, rows], relaxed[some, rows], -1, grad.dtype)
-                grad[some, rows].add_(sample, alpha=1 / ctx.tau)
+                of_here.add_(sample, alpha=1 / ctx.tau)
+            grad[some, rows] = of_here
         return grad, None, None
 
 

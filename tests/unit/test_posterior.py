@@ -25,7 +25,7 @@ def formulas(raw, tau, generators):
     noise = torch.stack([uniform(g, out=torch.empty(raw.shape[1:])) for g in generators])
     relaxed = torch.softmax((log_q - (-noise.log()).log()) / tau, -1)
     q = log_q.exp()
-    return log_q, relaxed, (q * log_q).sum(-1) + math.log(raw.shape[-1]), q.mean(1)
+    return relaxed, (q * log_q).sum(-1) + math.log(raw.shape[-1]), q.mean(1)
 
 
 @pytest.mark.parametrize("at_once", [2**20, 200, 40, 1])
@@ -42,7 +42,7 @@ def test_values_and_gradients_are_those_of_the_formulas(at_once, channels_last, 
     for form in (posterior, formulas):
         x = raw.clone().requires_grad_()
         values = form(x, 0.6, [generator(i) for i in range(5)])
-        sum((v * g).sum() for v, g in zip(values[1:], upstream, strict=True)).backward()
+        sum((v * g).sum() for v, g in zip(values, upstream, strict=True)).backward()
         found.append([*(v.detach() for v in values), x.grad])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # fp32, other orders of summation
@@ -54,7 +54,7 @@ def test_nothing_is_rounded_under_autocast():
         x = raw.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             values = posterior(x, 0.6, [seeded(i) for i in range(2)])
-            sum(v.square().sum() for v in values[1:]).backward()
+            sum(v.square().sum() for v in values).backward()
         found.append([*values, x.grad])
     for rounded, exact in zip(*found, strict=True):
         assert torch.equal(rounded, exact)
