@@ -86,7 +86,7 @@ class _Posterior(torch.autograd.Function):
         of_mean = logits.new_zeros(pictures, v) if of_mean is None else of_mean / n
         for some, rows in _pieces(logits):
             here = logits[some, rows]
-            # d(Σ q ln q)/dq is ln q + 1; what is the same for all codes falls out, so that logits do for ln q.
+            # d(Σ q ln q)/dq is ln q + 1; what all codes share falls out, so that logits do for ln q.
             of_q = torch.addcmul(of_mean[some, None], here, of_kl[some, rows, None])
             of_here = through_softmax(of_q, torch.softmax(here, -1), -1, grad.dtype)
             if of_relaxed is not None:
