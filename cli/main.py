@@ -119,7 +119,7 @@ def train_prior(
     from dalle.checkpoint import read_json
     from dalle.distributed import joined
     from dalle.pipeline import coarse_of, codes_of
-    from dalle.runs import Options, machine_preset
+    from dalle.runs import Options, begun, check_settled, machine_preset
     from stage2_prior.train import resolve, train
 
     options = Options(run, data, preset, steps, _with_zero(settings, zero), minutes)
@@ -137,6 +137,8 @@ def train_prior(
         if show_config:
             resolve(options, codes, **suits).show()
             return
+        if not begun(run / "prior"):
+            check_settled(run / "dvae")
         done = train(options, codes, **suits, coarse=coarse_of(grow_from) if grow_from else None)
     if not done:
         raise typer.Exit(1)

@@ -26,7 +26,7 @@ Preset = Annotated[
     typer.Option(
         "--preset",
         help="tiny (two CPU cores, minutes), small (one GPU, hours), base (one machine of GPUs) or paper. "
-        "By default the one that suits this machine.",
+        "By default the one that suits this machine; for the prior that of its dVAE.",
         show_default=False,
     ),
 ]
@@ -84,7 +84,7 @@ Zero = Annotated[
         max=3,
         help="What several processes divide among them in place of each holding all of it (DeepSpeed ZeRO): "
         "0 nothing, 1 the optimizer's moments, 2 gradients too, 3 weights too. By default what the run has, "
-        "or 1; 3 for the preset paper.",
+        "or 1; 3 for the prior of the preset paper.",
         show_default=False,
     ),
 ]

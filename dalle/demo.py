@@ -9,7 +9,7 @@ from dalle.console import duration, say
 from dalle.errors import ConfigError
 from dalle.pipeline import codes_of
 from dalle.report import judge_and_report
-from dalle.runs import Options
+from dalle.runs import Options, begun
 from dalle.states import state_folders
 from stage1_dvae.train import train as train_dvae
 from stage2_prior.train import train as train_prior
@@ -29,7 +29,7 @@ def demo(run: Path, minutes: float) -> bool:
     goes on to the number that it had then.
 
     Raises:
-        ConfigError: less than a minute, or a demo of other minutes was begun there.
+        ConfigError: less than a minute, or there is a demo of other minutes or a run that is none.
     """
     if not math.isfinite(minutes):
         raise ConfigError(f"minutes={minutes:g} is no time to train for; give at least 1")
@@ -51,6 +51,8 @@ def demo(run: Path, minutes: float) -> bool:
 
 def _same_demo(path: Path, minutes: float) -> None:
     if not path.exists():
+        if any(begun(path.parent / stage) for stage in ("dvae", "prior")):
+            raise ConfigError(f"{path.parent} holds a model that was not begun as a demo: use another --run")
         write_json(path, {"minutes": minutes})
     elif (before := read_json(path).get("minutes")) != minutes:
         raise ConfigError(

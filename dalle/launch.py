@@ -19,7 +19,8 @@ GRACE = 3.0  # seconds in which the others may still say why they ended
 STOPPING = 60.0  # and in which all may end together after a signal
 POLL = 0.05
 
-DALLE = (sys.executable, "-c", "from cli.main import main; main()")
+# -P: a folder called cli or dalle in the working directory is not ours.
+DALLE = (sys.executable, "-P", "-c", "from cli.main import main; main()")
 STORE, PARENT = "DALLE_STORE", "DALLE_PARENT"  # what `launch` tells its processes
 
 

@@ -79,6 +79,18 @@ def only_process(folder: Path) -> Iterator[None]:
                         path.rmdir()
 
 
+def held(folder: Path) -> bool:
+    """Does another process hold `folder` (see `only_process`)?"""
+    try:
+        with (folder / LOCK).open("rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # which needs no permission to write
+    except (BlockingIOError, PermissionError) as error:
+        return error.filename is None  # else it is the file that may not be read
+    except OSError:  # never trained here, or a file system without locks
+        return False
+    return False
+
+
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM ask for a stop instead of making one; a second one stops at once.

@@ -2,9 +2,8 @@
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,12 @@ from rich.text import Text
 from dalle.budget import Budget, lasting
 from dalle.checkpoint import FORMAT, read_json, write_json
 from dalle.config import describe, from_json, keys, override, preset, to_json
+from dalle.console import warn
+from dalle.data.open import located
 from dalle.errors import ConfigError
 from dalle.precision import best_device
-from dalle.states import state_folders
+from dalle.process import held
+from dalle.states import newest_step, state_folders
 from dalle.training import CHANGEABLE, Training
 
 HORIZONS = ("warmup", "lr_steps", "beta_steps", "tau_steps", "patience")  # spans within `steps`
@@ -89,8 +91,7 @@ def plan(
         ConfigError: unknown names, values that cannot be, or a run found there that was started otherwise.
     """
     folder = options.run / stage
-    if options.data == "":
-        raise ConfigError("--data is empty; give scenes, or a path to pictures")
+    asked = None if options.data is None else located(options.data)
     settings = list(options.settings)
     if options.steps is not None:
         settings.append(f"steps={options.steps}")
@@ -100,16 +101,16 @@ def plan(
         if "steps" in keys(settings):
             raise ConfigError("--minutes and --steps both say when to end: give one of them")
     if begun(folder):
-        return _continued(folder, options, settings, presets)
+        return _continued(folder, replace(options, data=asked), settings, presets)
     name = options.preset or default_preset
     model, training = preset(presets, name)
     sections = override({"model": model, "training": training}, settings)
     chosen = keys(settings)
     chosen_training: Training = sections["training"]
     spans = tuple(h for h in HORIZONS if hasattr(training, h) and h not in chosen)
-    of_preset = dataclasses.replace(chosen_training, steps=training.steps)
+    of_preset = replace(chosen_training, steps=training.steps)
     return Plan(
-        folder, name, options.data or default_data, sections["model"],
+        folder, name, asked or default_data, sections["model"],
         lasting(of_preset, chosen_training.steps, spans),
         resumed=False, spans=spans, minutes=minutes,
     )  # fmt: skip
@@ -122,6 +123,23 @@ def begun(folder: Path) -> bool:
         (folder / "weights.safetensors").exists() and not any(states.glob("step-*.partial"))
     )
     return made and (folder / "config.json").exists()
+
+
+def check_settled(folder: Path) -> None:
+    """Before a stage is built on the one in `folder`: warn if that was stopped early.
+
+    Raises:
+        ConfigError: it is being trained, and would be another model afterwards.
+    """
+    if held(folder):
+        raise ConfigError(f"{folder} is being trained: wait until that has ended, or use another --run")
+    steps = read_json(folder / "config.json").get("training", {}).get("steps", 0)
+    made = newest_step(folder / "state") if state_folders(folder / "state") else steps
+    if made < steps:
+        warn(
+            f"{folder} was stopped after {made:,} of {steps:,} steps, and is used as it is: it cannot be "
+            "trained on once another stage is begun on it"
+        )
 
 
 def _continued(
@@ -151,13 +169,13 @@ def _continued(
     name, data = saved.get("preset"), saved.get("data")
     if not isinstance(name, str) or not isinstance(data, str):
         raise ConfigError(f"{path} does not name the preset and the data of its run")
-    asked = options.data
-    if asked is not None and os.path.abspath(asked) == os.path.abspath(data):
-        asked = data  # the same place, written otherwise
-    for what, was, now in (("--preset", name, options.preset), ("--data", data, asked)):
+    moved = f"; if they have only moved, change data in {path}"
+    for what, was, now, or_else in (
+        ("--preset", name, options.preset, ""), ("--data", located(data), options.data, moved)
+    ):  # fmt: skip
         if now is not None and now != was:
             raise ConfigError(
-                f"{folder} was started with {what} {was}, not {now}: keep it, or use another --run"
+                f"{folder} was started with {what} {was}, not {now}: keep it, or use another --run{or_else}"
             )
     return Plan(
         folder, name, data, sections["model"], sections["training"], resumed=True, minutes=options.minutes

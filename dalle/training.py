@@ -223,6 +223,7 @@ class Session(NamedTuple):
     folder: Path
     topology: Topology
     budget: Budget | None = None
+    write_config: Callable[[], None] = lambda: None  # how the stage trains, into its folder
 
     @property
     def config(self) -> Training:
@@ -257,8 +258,10 @@ def fit(session: Session) -> bool:
     Raises:
         CheckpointError: states exist but none is whole, or saving failed.
     """
-    task, engine, loader, folder, topology, budget = session
+    task, engine, loader, folder, topology, budget, write_config = session
     with stop_signals() as stopped:
+        if topology.main:
+            write_config()
         step, config = resume(session), session.config
         owed = _owes_an_evaluation(session, step)
         if step >= config.steps and budget is None and not owed:
@@ -387,7 +390,7 @@ def update(session: Session, batches: Iterator[Batch], step: int, window: Window
 
 def resume(session: Session) -> int:
     """Load the newest whole state, if there is one; the number of updates it has seen."""
-    task, engine, _, folder, topology, _ = session
+    task, engine, folder, topology = session.task, session.engine, session.folder, session.topology
     found, refused = newest_state(folder / "state") if topology.main else (None, [])
     for error in refused:
         warn(f"{error}; the training state before it is used")

@@ -8,18 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.console import say, warn
+from dalle.console import Bar, say, warn
 from dalle.data.augment import centre_crop, stage1_crop
 from dalle.data.loader import Loader
 from dalle.data.open import open_source
 from dalle.data.source import Sample
+from dalle.data.split import HELDOUT_SEED
 from dalle.distributed import topology
 from dalle.errors import ConfigError
 from dalle.noise import noise_of
 from dalle.optim import parameter_count
 from dalle.pictures import grid, save_png, to_images, to_pixels
 from dalle.precision import best_device, fp32_products
-from dalle.process import suit_computing
+from dalle.process import held, suit_computing
 from dalle.runs import Options, Plan, begun, machine_preset, plan
 from dalle.schedules import cosine, warmup
 from dalle.states import newest_step, state_folders
@@ -57,6 +58,8 @@ def train(options: Options) -> bool:
 def _spare_the_prior(options: Options) -> None:
     """Raises `ConfigError` where more updates would change the codes that a prior was begun on."""
     folder, prior = options.run / "dvae", options.run / "prior"
+    if held(prior):
+        raise ConfigError(f"{prior} is being trained on this dVAE: wait for it, or use another --run")
     if not begun(prior) or not begun(folder):
         return
     made, steps = newest_step(folder / "state"), resolve(options).training.steps
@@ -82,15 +85,17 @@ def prepare(options: Options) -> Session:
     loader = make_loader(source, crop, config, size)
     unseen = open_source(run.data, "heldout", size, config.heldout)
     centre = partial(_centre, size=size)
-    unseen_loader = Loader(unseen, centre, batch_size=1, seed=config.seed, min_side=size)
-    (heldout,) = unseen_loader.first(config.eval_pictures)
+    unseen_loader = Loader(unseen, centre, batch_size=1, seed=HELDOUT_SEED, min_side=size)
+    (heldout,) = unseen_loader.some(config.eval_pictures)
     loader.skipped |= unseen_loader.skipped
 
     model = build(lambda: DVAE(run.model), config)
     if config.start == "patches" and not state_folders(run.folder / "state"):
         say("dVAE: clustering patches for a start")
         centred = Loader(source, centre, batch_size=1, seed=config.seed, min_side=size)
-        (some,) = centred.first(pictures_needed(run.model))
+        needed = min(pictures_needed(run.model), len(source))
+        with Bar("dVAE: pictures to cluster", needed, unit="pictures") as bar:
+            (some,) = centred.some(needed, bar.show)
         with whole(model.parameters()):
             start_from_patches(model, to_pixels(some), config.seed)
     place(model, config, torch.channels_last)  # faster everywhere
@@ -103,10 +108,8 @@ def prepare(options: Options) -> Session:
         f"{size}×{size} pixels ↔ {run.model.grid}×{run.model.grid} codes of {run.model.vocab_size:,} · "
         f"{len(source):,} pictures of {run.data} · {device.type} {precision}{processes(config)}"
     )
-    if here.main:
-        run.write()
     stage = Stage1(model, run, heldout.to(device))
-    return Session(stage, engine, loader, run.folder, here, run.budget())
+    return Session(stage, engine, loader, run.folder, here, run.budget(), run.write)
 
 
 def _crop(sample: Sample, rng: np.random.Generator, size: int, flip: bool) -> tuple[Tensor]:

@@ -45,12 +45,12 @@ def audit(folder: Path, codes: Codes, batches: int, data: str | None = None) -> 
         )
     model = Prior.load(folder, codes.vectors.device).requires_grad_()
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    source = open_source(data or saved["data"], "train", codes.image_size, training.heldout)
+    source = open_source(saved["data"] if data is None else data, "train", codes.image_size, training.heldout)
     size, words = codes.image_size, model.config.text_length - 1
     prepare = partial(prepare_plainly, tokenizer=tokenizer, size=size, words=words)
     together = training.pictures_at_once(1)
     loader = Loader(source, prepare, batch_size=together, seed=training.seed, min_side=size)
-    pixels, tokens = (t.to(codes.vectors.device) for t in loader.first(batches * together))
+    pixels, tokens = (t.to(codes.vectors.device) for t in loader.some(batches * together))
 
     def loss(part: slice) -> torch.Tensor:
         seen = codes.encode(to_pixels(pixels[part])).flatten(1)

@@ -21,6 +21,7 @@ from dalle.data.augment import centre_crop, stage2_crop
 from dalle.data.loader import Loader
 from dalle.data.open import open_source
 from dalle.data.source import BadSample, Sample, Source
+from dalle.data.split import HELDOUT_SEED
 from dalle.distributed import topology
 from dalle.errors import ConfigError
 from dalle.optim import parameter_count
@@ -120,14 +121,14 @@ def prepare(
     loader = make_loader(source, prepared, config, codes.image_size)
     centre = partial(prepare_plainly, tokenizer=tokenizer, size=codes.image_size, words=words)
 
-    def first(some: Source, n: int) -> tuple[Tensor, ...]:
-        reader = Loader(some, centre, batch_size=1, seed=config.seed, min_side=codes.image_size)
-        found = reader.first(n)
+    def some(of: Source, n: int) -> tuple[Tensor, ...]:
+        reader = Loader(of, centre, batch_size=1, seed=HELDOUT_SEED, min_side=codes.image_size)
+        found = reader.some(n)
         loader.skipped |= reader.skipped
         return found
 
-    heldout = tuple(t.to(device) for t in first(unseen, config.eval_pictures))
-    model = _model(run, codes, coarse, lambda: first(source, PICTURES)[0].to(device))
+    heldout = tuple(t.to(device) for t in some(unseen, config.eval_pictures))
+    model = _model(run, codes, coarse, lambda: some(source, PICTURES)[0].to(device))
     engine = make_engine(
         model, config, precision, variance_limit=config.variance_limit, matrices=model.matrices(),
     )  # fmt: skip
@@ -137,11 +138,10 @@ def prepare(
         f"{run.model.image_vocab:,} · {len(source):,} pictures of {run.data} · {device.type} "
         f"{precision}, {attention} attention{processes(config)}"
     )
-    if here.main:
-        run.write(dvae=codes.fingerprint, tokenizer=tokenizer.fingerprint(), **grown_from)
     prompts = list(SCENE_PROMPTS) if run.data == "scenes" else _captions(unseen, SHOWN)
     stage = Stage2(model, run, codes, tokenizer, heldout, prompts, precision)
-    return Session(stage, engine, loader, run.folder, here, run.budget())
+    write = partial(run.write, dvae=codes.fingerprint, tokenizer=tokenizer.fingerprint(), **grown_from)
+    return Session(stage, engine, loader, run.folder, here, run.budget(), write)
 
 
 def _model(run: Plan, codes: Codes, coarse: Coarse | None, pictures: Callable[[], Tensor]) -> Prior:

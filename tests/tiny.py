@@ -1,10 +1,11 @@
 """The smallest models, runs and data that have every part. No two axes are of the same length."""
 
+import copy
 import csv
 import io
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 from dalle.checkpoint import FORMAT, fingerprint, save_weights, write_json
 from dalle.config import to_json
 from dalle.engine import Engine
+from dalle.precision import Arithmetic
 from dalle.text import Tokenizer
+from dalle.training import Training
+from dalle.wiring import make_engine
 from stage1_dvae.config import DVAEConfig
 from stage1_dvae.model import DVAE
 from stage2_prior.config import PriorConfig
@@ -64,6 +68,21 @@ def batch(model: Prior, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         row[int(words) :] = -1
     codes = random.integers(c.image_vocab, size=(size, c.cells))
     return torch.from_numpy(tokens), torch.from_numpy(codes)
+
+
+def gradients(
+    model: nn.Module, config: Training, precision: Arithmetic, loss: Callable[[nn.Module], Tensor]
+) -> dict[str, Tensor]:
+    """Of every parameter, as training computes them in this precision."""
+    engine = make_engine(copy.deepcopy(model), config, precision)
+    engine.backward(engine.run(loss, engine.model), 1)
+    return {piece.name: piece.grad for piece in engine.pieces()}
+
+
+def apart(found: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
+    """‖found − exact‖ / ‖exact‖ of all these tensors as one vector."""
+    one, other = (torch.cat([tensor.double().flatten() for tensor in some]) for some in (found, exact))
+    return ((one - other).norm() / other.norm()).item()
 
 
 @torch.inference_mode()

@@ -1,12 +1,10 @@
 """From a picture of any size to a square of pixels: the paper's two listings, and the plain way."""
 
-from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
-import torch
 from jaxtyping import Float32, UInt8
 from PIL import Image
-from torch import Tensor
 
 from dalle.errors import DataError
 
@@ -59,26 +57,26 @@ def area_resize(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarr
     height, width = pixels.shape[:2]
     if height == width == size:
         return pixels
-    # In torch and not in NumPy, because torch keeps to one thread in a worker process.
-    planes = torch.from_numpy(_channels_first(pixels)).float()
-    averages = _area_weights(height, size) @ planes @ _area_weights(width, size).T
-    return averages.clamp(0, 255).round().byte().permute(1, 2, 0).numpy()  # round: half to even
+    rows = _averages(pixels, size)
+    averages = _averages(np.ascontiguousarray(rows.swapaxes(0, 1)), size).swapaxes(0, 1)
+    return np.rint(averages.clip(0, 255)).astype(np.uint8)  # half to even
 
 
-@lru_cache(maxsize=64)
-def _area_weights(length: int, size: int) -> Float32[Tensor, "{size} {length}"]:
-    """How much each of `length` pixels in a row counts in each of `size` output pixels; rows sum to 1.
+def _averages(pixels: np.ndarray, size: int) -> Float32[np.ndarray, "{size} a b"]:
+    """Area averages along the first axis.
 
-    Output pixel x covers [x · scale, (x + 1) · scale) of the row. With aligned corners scale is
-    (length − 1) / (size − 1), so the last one reaches beyond the end, where the last pixel is repeated.
+    Output x covers [x · scale, (x + 1) · scale) of the row. With aligned corners scale is
+    (length − 1) / (size − 1), so the last one lies beyond the last pixel, which is repeated there.
     """
-    scale = (length - 1) / (size - 1) if size > 1 else float(length)
-    start = torch.arange(size, dtype=torch.float64)[:, None] * scale
-    pixel = torch.arange(length + int(np.ceil(scale)), dtype=torch.float64)
-    overlap = (torch.minimum(pixel + 1, start + scale) - torch.maximum(pixel, start)).clamp(min=0)
-    inside, beyond = overlap[:, :length], overlap[:, length:]
-    inside[:, -1] += beyond.sum(dim=1)
-    return (inside / scale).float()
+    if size == 1:
+        return pixels.mean(0, keepdims=True, dtype=np.float32)
+    edges = np.linspace(0, len(pixels) - 1, size)
+    whole = edges.astype(int)
+    # Whole pixels between the edges, less the part before the first edge, and the part before the second.
+    sums = np.stack([pixels[low:high].sum(0, dtype=np.float32) for low, high in pairwise(whole)])
+    parts = (edges - whole).astype(np.float32)[:, None, None] * pixels[whole]
+    between = (sums - parts[:-1] + parts[1:]) * np.float32((size - 1) / (len(pixels) - 1))
+    return np.concatenate([between, pixels[-1:].astype(np.float32)])
 
 
 def _shrink_and_crop(

@@ -28,7 +28,9 @@ class Folder:
             raise DataError(
                 f"{path}: no picture among {len(files)} files; give a folder of pictures with {WANTED}"
             )
-        if not any(_text(key) in files for key in self.keys):
+        # .TXT and its like, by the name that they would have
+        self.texts = {_text(f): f for f in files if f.lower().endswith(".txt") and not f.endswith(".txt")}
+        if not any(_text(key) in files or _text(key) in self.texts for key in self.keys):
             manifests = sorted(file for file in files if file.endswith((".jsonl", ".csv", ".tsv")))
             manifest = f"the manifest {path / manifests[0]}" if manifests else "a manifest of them"
             raise DataError(
@@ -44,11 +46,12 @@ class Folder:
 
     def captions(self, index: int) -> tuple[str, ...]:
         key = self.keys[index]
+        name = self.texts.get(_text(key), _text(key))
         try:
-            content = (self.path / _text(key)).read_bytes()
+            content = (self.path / name).read_bytes()
         except OSError as error:
-            raise BadSample(key, f"captions {_text(key)}: {(error.strerror or '').lower()}") from error
-        return captions.from_file(_text(key), content, key)
+            raise BadSample(key, f"captions {name}: {(error.strerror or '').lower()}") from error
+        return captions.from_file(name, content, key)
 
 
 def _files(path: Path) -> list[str]:

@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from dalle.data.source import BadSample
 
@@ -16,6 +16,17 @@ SUFFIXES = frozenset(  # lower case
     f".{name}"
     for name in "avif bmp gif jfif jp2 jpeg jpg pgm png ppm tif tiff webp".split()  # noqa: SIM905
 )
+
+ORIENTATION = 0x0112  # the EXIF tag that says how a picture is to be turned
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # What white may be in the modes of more than 8 bits: the first that holds the brightest pixel.
 WHITE = {"I;16": (2**16 - 1,), "I": (2**16 - 1, 2**31 - 1), "F": (1, 2**8 - 1, 2**16 - 1)}
@@ -37,12 +48,21 @@ def decode(data: bytes | Path, key: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd metadata and large pictures
             with Image.open(io.BytesIO(packed), formats=FORMATS) as image:
-                ImageOps.exif_transpose(image, in_place=True)
-                return _rgb(image)
+                return _rgb(_upright(image))
     except UnidentifiedImageError as error:
         raise BadSample(key, "not a picture, or in a format that is not read") from error
     except Exception as error:  # a corrupt file makes Pillow's decoders raise almost anything
         raise BadSample(key, f"cannot be decoded: {error or type(error).__name__}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data says; as it lies where these are damaged, which says nothing of the pixels."""
+    image.load()  # a PNG may say it at its end, and of a TIFF Pillow itself turns the pixels here
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # what metadata of no known form make Pillow raise
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -83,12 +83,18 @@ class Loader:
                     raise batch.error
                 yield batch.tensors
 
-    def first(self, n: int) -> tuple[Tensor, ...]:
-        """The first `n` ≥ 1 readable samples in the order of the source, stacked; fewer if it has fewer."""
+    def some(self, n: int, each: Callable[[int], object] = lambda _: None) -> tuple[Tensor, ...]:
+        """`n` ≥ 1 readable samples, stacked: the first in the loader's order; fewer if the source has fewer.
+
+        Args:
+            each: told how many are read, whenever one is.
+        """
         rows: list[tuple[Tensor, ...]] = []
-        for index in range(len(self._samples.source)):
+        for place in range(len(self._samples.source)):
+            index = self._samples.index(place)
             try:
                 rows.append(self._samples.read(index, self._samples.rng(index)))
+                each(len(rows))
             except BadSample as bad:
                 self.skipped[bad.key] = bad.reason
             if len(rows) == n:
@@ -114,9 +120,8 @@ class _Samples(Dataset[Batch]):
         skipped: dict[str, str] = {}
         for step in range(min(TRIES, length)):
             place = (position + step * LEAP) % length
-            index = shuffled(epoch + place, length, self.seed) if self.shuffle else place
             try:
-                return Batch(self.read(index, self.rng(position)), skipped)
+                return Batch(self.read(self.index(epoch + place), self.rng(position)), skipped)
             except BadSample as bad:
                 skipped[bad.key] = bad.reason
             except DalleError as error:
@@ -124,12 +129,16 @@ class _Samples(Dataset[Batch]):
                 return Batch(skipped=skipped, error=error)
         return Batch(skipped=skipped, error=_nothing_readable(self.source, skipped))
 
+    def index(self, position: int) -> int:
+        length = len(self.source)
+        return shuffled(position, length, self.seed) if self.shuffle else position % length
+
     def read(self, index: int, rng: np.random.Generator) -> tuple[Tensor, ...]:
         sample = self.source[index]
         width, height = sample.image.size
         if min(width, height) < self.min_side:
             size = f"{width}×{height} pixels, smaller than image_size={self.min_side}"
-            raise BadSample(sample.key, f"{size} (--set image_size=… chooses another)")
+            raise BadSample(sample.key, f"{size}; a dVAE with --set image_size=… could use it")
         return self.prepare(sample, rng)
 
     def rng(self, position: int) -> np.random.Generator:

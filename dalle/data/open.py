@@ -13,6 +13,13 @@ from dalle.data.split import KeyedSource, Split, subset
 from dalle.errors import DataError
 
 
+def located(data: str) -> str:
+    """The same data from wherever it is named: "scenes", or an absolute path. Raises `DataError` if empty."""
+    if not data:
+        raise DataError("--data is empty; give scenes, or a path to pictures")
+    return data if data == "scenes" else os.path.abspath(os.path.expanduser(data))
+
+
 def open_source(data: str, split: Split, size: int, heldout: float = 0.02) -> Source:
     """The samples of a split of `data`: "scenes", or a path to a folder, a manifest or shards.
 
@@ -23,7 +30,7 @@ def open_source(data: str, split: Split, size: int, heldout: float = 0.02) -> So
         from dalle.scenes.source import Scenes  # here, because its drawing is loaded for nothing otherwise
 
         return Scenes(split, size)
-    return subset(_open(os.path.expanduser(data)), split, heldout)
+    return subset(_open(located(data)), split, heldout)
 
 
 def _holds_shards(folder: Path) -> bool:

@@ -5,6 +5,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
+from functools import partial
 from os.path import basename, splitext
 from pathlib import Path
 
@@ -100,8 +101,8 @@ def _samples(members: list[tarfile.TarInfo]) -> Iterator[tuple[tarfile.TarInfo, 
     files = [(*splitext(member.name), member) for member in members]
     texts = {stem: member for stem, suffix, member in files if suffix.lower() == ".json"}
     texts |= {stem: member for stem, suffix, member in files if suffix.lower() == ".txt"}
-    for stem, suffix, member in files:
-        if suffix.lower() in SUFFIXES:
+    for stem, _, member in files:
+        if _is_picture(member.name):
             yield member, texts.get(stem)
 
 
@@ -114,13 +115,14 @@ def _members(path: Path) -> tuple[list[tarfile.TarInfo], str]:
             if start.startswith(magic):
                 raise DataError(f"{path}: compressed, so it cannot be read at random; {program} it first")
         members: list[tarfile.TarInfo] = []
-        end = 0
+        end = links = 0
         archive.seek(0)
         try:
             with tarfile.open(fileobj=archive, mode="r:") as tar:
                 for member in tar:
                     if not member.isreg():
                         end = member.offset_data
+                        links += (member.issym() or member.islnk()) and _is_picture(member.name)
                         continue
                     end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                     if member.offset_data + member.size > size:
@@ -132,9 +134,16 @@ def _members(path: Path) -> tuple[list[tarfile.TarInfo], str]:
         # tarfile takes a damaged header for the end, without a word.
         archive.seek(end)
         mark = archive.read(BLOCK)
-    if mark == bytes(BLOCK):
-        return members, ""
-    return members, f"{'damaged' if mark else 'cut off'} at byte {end:,}; what follows is lost"
+        follows = any(any(part) for part in iter(partial(archive.read, 2**20), b""))
+    if mark != bytes(BLOCK):
+        return members, f"{'damaged' if mark else 'cut off'} at byte {end:,}; what follows is lost"
+    if follows:
+        return members, f"goes on behind its end at byte {end:,}; what follows is lost, unpack it"
+    return members, f"{links} pictures are links, which are not followed; pack the files" if links else ""
+
+
+def _is_picture(name: str) -> bool:
+    return splitext(name)[1].lower() in SUFFIXES
 
 
 def _expand(pattern: str) -> list[Path]:

@@ -9,6 +9,7 @@ from dalle.data.source import BadSample, Sample, Source
 from dalle.errors import DataError
 
 Split: TypeAlias = Literal["train", "heldout"]
+HELDOUT_SEED = 0  # chooses the held-out pictures to measure on: the same for runs of other seeds
 
 
 class Subset:

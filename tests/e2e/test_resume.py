@@ -131,6 +131,40 @@ def test_two_processes_do_not_train_in_one_folder(dalle, tmp_path):
         done = dalle(*dvae(run, steps=2))
     assert done.code == 2
     assert "error: another process is training in" in done.err
-    assert (
-        run / "dvae" / "config.json"
-    ).read_bytes() == before  # the other's, which says what its weights are
+    # the other's, which says what its weights are
+    assert (run / "dvae" / "config.json").read_bytes() == before
+
+
+def test_a_stage_is_not_built_on_one_that_is_being_trained(dalle, straight, tmp_path):
+    """The other would save another dVAE in its end, and no prior fits that."""
+    run = begin(straight, tmp_path, "prior")
+    with (run / "dvae" / ".lock").open("a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        done = dalle(*prior(run, steps=1))
+        assert done.code == 2
+        assert "dvae is being trained: wait until that has ended" in done.err
+        assert not (run / "prior").exists()
+    (run / "prior").mkdir()
+    with (run / "prior" / ".lock").open("a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        done = dalle("train-dvae", "--run", run, "--steps", STEPS + 2)
+    assert done.code == 2
+    assert "prior is being trained on this dVAE: wait for it" in done.err
+
+
+def test_a_prior_on_a_dvae_that_was_stopped_is_warned_of(dalle, straight, tmp_path):
+    run = begin(straight, tmp_path, "prior")
+    shutil.rmtree(run / "dvae" / "state" / LAST)
+    done = dalle(*prior(run, steps=1))
+    assert done.code == 0, done.err
+    assert f"dvae was stopped after {STEPS - 2} of {STEPS} steps, and is used as it is" in done.err
+
+
+def test_verifying_a_resume_writes_nothing_into_the_run(dalle, straight):
+    def found():
+        return {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
+
+    before = found()
+    done = dalle("verify-resume", straight)
+    assert done.code == 0, done.err
+    assert found() == before

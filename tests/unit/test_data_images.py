@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dalle.data.images import decode
 from dalle.data.source import BadSample
@@ -43,6 +43,26 @@ def test_exif_orientation_is_applied(orientation, turns, mirrored):
     upright = np.rot90(np.asarray(rgb()), turns)
     upright = upright[:, ::-1] if mirrored else upright
     np.testing.assert_array_equal(pixels(packed(rgb(), exif=exif)), upright)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_as_pillow_does(orientation, kind):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = packed(rgb().resize((24, 16)), kind, exif=exif)
+    with Image.open(io.BytesIO(data)) as image:
+        upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert upright.shape == ((16, 24, 3) if orientation < 5 else (24, 16, 3))
+    np.testing.assert_array_equal(pixels(data), upright)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_damaged_metadata_cost_no_picture(kind):
+    data = packed(rgb(), kind, exif=b"Exif\0\0nothing", lossless=True)
+    with Image.open(io.BytesIO(data)) as image, pytest.raises(SyntaxError):
+        ImageOps.exif_transpose(image)
+    np.testing.assert_array_equal(pixels(data), np.asarray(rgb()))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

@@ -197,7 +197,7 @@ def test_one_readable_sample_is_found_wherever_it_is():
 def test_small_pictures_are_skipped_with_their_size():
     loader = Loader(Numbers(4, small=[1]), prepare, batch_size=4, seed=0, shuffle=False, min_side=8)
     assert numbers(take(loader, 1)) == [0, 0, 2, 3]
-    reason = "7×4 pixels, smaller than image_size=8 (--set image_size=… chooses another)"
+    reason = "7×4 pixels, smaller than image_size=8; a dVAE with --set image_size=… could use it"
     assert loader.skipped == {"1": reason}
 
 
@@ -238,13 +238,22 @@ def test_what_the_source_lost_on_opening_is_counted_too():
     assert Loader(source, prepare, batch_size=1, seed=0).skipped == {"0.tar": "cut off"}
 
 
-def test_first_reads_in_order_without_bad_samples_or_repetitions():
-    loader = Loader(Numbers(9, broken=[0, 2]), prepare, batch_size=4, seed=0)
-    assert loader.first(3)[0].tolist() == [1, 3, 4]
-    assert loader.first(99)[0].tolist() == [1, 3, 4, 5, 6, 7, 8]
+def test_some_are_read_without_bad_samples_or_repetitions():
+    loader = Loader(Numbers(9, broken=[0, 2]), prepare, batch_size=4, seed=0, shuffle=False)
+    told = []
+    assert loader.some(3, told.append)[0].tolist() == [1, 3, 4]
+    assert told == [1, 2, 3]
+    assert loader.some(99)[0].tolist() == [1, 3, 4, 5, 6, 7, 8]
     assert loader.skipped == {"0": "torn", "2": "torn"}
     with pytest.raises(DataError, match="no readable picture"):
-        Loader(Numbers(2, broken=[0, 1]), prepare, batch_size=1, seed=0).first(1)
+        Loader(Numbers(2, broken=[0, 1]), prepare, batch_size=1, seed=0).some(1)
+
+
+def test_some_are_of_the_whole_source():
+    """Folders are often sorted by kind or date."""
+    found = Loader(Numbers(1000), place, batch_size=1, seed=0).some(100)[0]
+    assert len(set(found.flatten().tolist())) == 100
+    assert 400 < found.float().mean() < 600  # 500 ± 29 for a random choice
 
 
 # Worker processes

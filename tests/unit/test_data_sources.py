@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,6 +77,12 @@ def test_a_picture_without_readable_captions_is_a_bad_sample(tmp_path, content, 
         with pytest.raises(BadSample, match=reason) as caught:
             read(1)
         assert caught.value.key == "b.png"
+
+
+def test_captions_may_be_in_capitals_as_pictures_may(tmp_path):
+    (tmp_path / "IMG_1.JPG").write_bytes(png(1))
+    (tmp_path / "IMG_1.TXT").write_text("one")
+    assert Folder(tmp_path)[0].captions == ("one",)
 
 
 def test_links_to_folders_are_followed_once(tmp_path):
@@ -285,6 +292,34 @@ def test_a_damaged_header_is_told(tmp_path):
     shards = Shards(str(path))
     assert shards.keys == ["0.tar/a.png"]
     assert [str(bad) for bad in shards.bad] == ["0.tar: damaged at byte 2,048; what follows is lost"]
+
+
+def test_what_follows_the_end_of_a_shard_is_told(tmp_path):
+    """`cat a.tar b.tar > ab.tar` makes a file of which readers see the first half."""
+    parts = [Path(tar(tmp_path / f"{i}", {f"{i}.png": png(i), f"{i}.txt": b"x"})) for i in (1, 2)]
+    path = tmp_path / "both.tar"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    shards = Shards(str(path))
+    assert shards.keys == ["both.tar/1.png"]
+    assert [str(bad) for bad in shards.bad] == [
+        "both.tar: goes on behind its end at byte 2,048; what follows is lost, unpack it"
+    ]
+
+
+def test_pictures_that_are_links_are_told(tmp_path):
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in (("a.png", png(1)), ("a.txt", b"x")):
+            (tmp_path / name).write_bytes(content)
+            archive.add(tmp_path / name, name)
+        for name, kind in (("b.png", tarfile.LNKTYPE), ("c.jpg", tarfile.SYMTYPE), ("d.md", tarfile.SYMTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "a.png"
+            archive.addfile(link)
+    shards = Shards(str(path))
+    assert shards.keys == ["0.tar/a.png"]
+    (bad,) = shards.bad
+    assert bad.reason == "2 pictures are links, which are not followed; pack the files"
 
 
 def test_a_file_that_is_no_tar_is_refused(tmp_path):

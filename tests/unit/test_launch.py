@@ -14,13 +14,16 @@ import pytest
 from cli.main import train_prior
 from dalle.distributed import place
 from dalle.errors import CheckpointError, ConfigError
-from dalle.launch import LOST, _gpus_of, launched
+from dalle.launch import LOST, _gpus_of, launch, launched
 
 LAUNCH = """
 import sys
 from dalle.launch import launch
 sys.exit(launch(3, ["-c", sys.argv[1]], program=[sys.executable]))
 """
+on_linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="launch() starts several processes on Linux only"
+)
 # The alarm ends a process that a failed test has left alone.
 WAIT = """
 import os, signal, sys, time
@@ -61,11 +64,13 @@ def result(program: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@on_linux
 def test_only_the_first_process_is_heard_when_all_goes_well():
     program = "print(f'out {rank} of {os.environ[\"WORLD_SIZE\"]}'); print('err', rank, file=sys.stderr)"
     assert result(program) == (0, "out 0 of 3\n", "err 0\n")
 
 
+@on_linux
 def test_pretended_machines_run_so_many_processes_each(tmp_path):
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     program = f"import os; print(*(os.environ[n] for n in {names}), file=open(os.environ['RANK'], 'w'))"
@@ -76,6 +81,7 @@ def test_pretended_machines_run_so_many_processes_each(tmp_path):
     assert [(tmp_path / rank).read_text().split() for rank in "01"] == [list("0201"), list("1201")]
 
 
+@on_linux
 def test_a_killed_process_ends_the_others_and_is_named():
     began = time.monotonic()
     code, _, err = result("os.kill(os.getpid(), 9) if rank == 2 else time.sleep(100)")
@@ -84,6 +90,7 @@ def test_a_killed_process_ends_the_others_and_is_named():
     assert time.monotonic() - began < 50
 
 
+@on_linux
 @pytest.mark.parametrize("status", [1, 2])
 def test_the_reason_of_a_process_that_fails_is_told(status):
     code, _, err = result(
@@ -92,11 +99,13 @@ def test_the_reason_of_a_process_that_fails_is_told(status):
     assert (code, err) == (status, "error: process 1 of 3: bad\n")
 
 
+@on_linux
 def test_an_error_of_all_is_told_by_the_first_alone():
     code, _, err = result("print('error: bad', file=sys.stderr); sys.exit(2)")
     assert (code, err) == (2, "error: bad\n")
 
 
+@on_linux
 def test_who_only_lost_the_others_is_not_the_reason():
     program = (
         f"if rank < 2: sys.exit({LOST})\ntime.sleep(1); print('error: bad', file=sys.stderr); sys.exit(2)"
@@ -128,6 +137,7 @@ while True:
 """
 
 
+@on_linux
 def test_a_signal_goes_to_the_first_process_alone_which_ends_in_peace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
@@ -141,6 +151,7 @@ def test_a_signal_goes_to_the_first_process_alone_which_ends_in_peace(tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ready-0", "ready-1", "ready-2"]
 
 
+@on_linux
 def test_a_second_signal_ends_all_at_once():
     with start(STUBBORN) as process:
         pid = int(process.stdout.readline())
@@ -151,6 +162,12 @@ def test_a_second_signal_ends_all_at_once():
         assert process.wait(60) == 1
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_elsewhere_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(ConfigError, match="--processes 3: several processes need Linux; leave it out"):
+        launch(3, [])
 
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}

@@ -125,6 +125,24 @@ def test_on_threads_losses_and_gradients_are_those_of_the_whole_batch(channels):
     torch.testing.assert_close(passed(Threads(2)), passed(None), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("precision", "limit"), [("bf16", 0.03), ("fp16", 0.003)])
+@pytest.mark.parametrize("channels", [0, 5])
+@pytest.mark.parametrize("backend", ["dense", "block"])
+def test_training_in_16_bits_goes_where_fp32_would(precision, limit, channels, backend):
+    """2^-9 or 2^-12 in each of some dozen products; single parameters are off by more than all together."""
+    model = tiny.prior(code_channels=channels)
+    model.attend_by(backend)
+    tokens, codes = tiny.batch(model, 4)
+
+    def loss(model):
+        text, image = losses(model, tokens, codes)
+        return text / 8 + 7 * image / 8
+
+    exact, found = (tiny.gradients(model, PriorTraining(batch_size=4), p, loss) for p in ("fp32", precision))
+    assert 1e-4 < tiny.apart(found.values(), exact.values()) < limit
+    assert max(tiny.apart([found[name]], [exact[name]]) for name in exact) < 3 * limit
+
+
 def stage(tmp_path, model, precision="fp32", **settings) -> Stage2:
     training = PriorTraining(**settings)
     plan = Plan(tmp_path, "tiny", "scenes", model.config, training, resumed=False)

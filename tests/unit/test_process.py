@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dalle.errors import CheckpointError
-from dalle.process import SAME, only_process, stop_signals, suit_computing
+from dalle.process import SAME, held, only_process, stop_signals, suit_computing
 from dalle.threads import Threads
 
 ROOT = Path(__file__).parents[2]
@@ -72,10 +72,13 @@ def test_a_second_process_is_refused_and_a_killed_one_lets_go(tmp_path):
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(CheckpointError, match=r"another process is training in .*dvae: wait for it"):
             only_process(folder).__enter__()
+        assert held(folder)
+        assert not held(tmp_path / "other")
         with only_process(tmp_path / "other"):
             pass
         holder.send_signal(signal.SIGKILL)
         holder.wait()
+        assert not held(folder)
         with only_process(folder):
             pass
 

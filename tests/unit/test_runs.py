@@ -26,7 +26,7 @@ def resolve(run, *settings: str, **options) -> Plan:
 @pytest.fixture
 def started(tmp_path):
     """A run that was started with 500 steps and has saved nothing yet."""
-    resolve(tmp_path, data="pictures", steps=500).write(dvae="0123")
+    resolve(tmp_path, data="/pictures", steps=500).write(dvae="0123")
     return tmp_path
 
 
@@ -45,8 +45,8 @@ def test_without_options_it_is_the_default_preset_on_the_default_data(tmp_path):
 
 
 def test_options_choose_the_preset_the_data_and_single_settings(tmp_path):
-    chosen = resolve(tmp_path, "hidden=8", "lr=0.5", preset="large", data="my/pictures")
-    assert (chosen.preset, chosen.data) == ("large", "my/pictures")
+    chosen = resolve(tmp_path, "hidden=8", "lr=0.5", preset="large", data="/my/pictures")
+    assert (chosen.preset, chosen.data) == ("large", "/my/pictures")
     assert chosen.model == dataclasses.replace(MODEL, hidden=8)
     assert chosen.training == dataclasses.replace(TRAINING, batch_size=64, lr=0.5)
 
@@ -124,7 +124,8 @@ def test_steps_of_zero_leave_horizons_of_zero(tmp_path):
 
 def test_config_json_holds_all_that_was_resolved(begun):
     saved = json.loads((begun / "dvae" / "config.json").read_text())
-    assert (saved["format"], saved["preset"], saved["data"], saved["dvae"]) == (1, "tiny", "pictures", "0123")
+    assert (saved["format"], saved["preset"], saved["dvae"]) == (1, "tiny", "0123")
+    assert saved["data"] == "/pictures"
     assert DVAEConfig(**saved["model"]) == MODEL
     assert DVAETraining(**saved["training"]) == dataclasses.replace(
         TRAINING, steps=500, lr_steps=450, beta_steps=250, tau_steps=350, warmup=25
@@ -132,10 +133,34 @@ def test_config_json_holds_all_that_was_resolved(begun):
 
 
 def test_a_run_is_continued_with_its_own_configuration(begun):
-    first, again = resolve(begun, preset=None), resolve(begun, data="pictures", preset="tiny", steps=500)
+    first, again = resolve(begun, preset=None), resolve(begun, data="/pictures", preset="tiny", steps=500)
     assert first == again
     assert first.resumed
-    assert (first.data, first.training.steps, first.training.lr_steps) == ("pictures", 500, 450)
+    assert (first.data, first.training.steps, first.training.lr_steps) == ("/pictures", 500, 450)
+
+
+def test_data_are_the_same_from_every_working_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    run = tmp_path / "run"
+    monkeypatch.chdir(tmp_path / "here")
+    resolve(run, data="photos").write()
+    (run / "dvae" / "state" / "step-00000100").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "there")
+    for same in ("../here/photos", "~/here/photos", None):
+        assert resolve(run, data=same).data == str(tmp_path / "here" / "photos")
+    with pytest.raises(ConfigError, match=r"started with --data .*/here/photos, not .*/there/photos"):
+        resolve(run, data="photos")
+
+
+def test_a_folder_called_scenes_is_not_the_built_in_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    resolve(tmp_path).write()
+    (tmp_path / "dvae" / "state" / "step-00000100").mkdir(parents=True)
+    assert resolve(tmp_path, data="scenes").data == "scenes"
+    with pytest.raises(ConfigError, match=r"started with --data scenes, not .*/scenes"):
+        resolve(tmp_path, data="./scenes")
 
 
 def test_a_continued_run_does_not_follow_a_changed_preset(begun, monkeypatch):
@@ -164,7 +189,11 @@ def test_what_cannot_change_the_course_may_be_set_anew(begun, name):
         (("batch_size=8",), {}, r"started with batch_size=4, not 8"),
         (("seed=1",), {}, r"started with seed=0, not 1"),
         ((), {"preset": "large"}, r"started with --preset tiny, not large"),
-        ((), {"data": "scenes"}, r"started with --data pictures, not scenes"),
+        (
+            (),
+            {"data": "scenes"},
+            r"started with --data /pictures, not scenes.* only moved, change data in",
+        ),
     ],
 )
 def test_a_contradiction_is_refused_in_one_line_with_the_way_out(begun, settings, options, message):

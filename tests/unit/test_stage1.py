@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from dalle.metrics import read_metrics
 from dalle.noise import noise_of
+from dalle.precision import fp32_products
 from dalle.runs import Options, Plan
 from dalle.training import fit
 from stage1_dvae.config import PRESETS, DVAETraining
@@ -106,6 +107,22 @@ def test_what_is_measured_on_held_out_pictures(tmp_path):
     assert [path.name for path in (tmp_path / "dvae" / "pictures").iterdir()] == ["step-00000100.png"]
 
 
+def test_evaluating_rounds_nothing_where_training_does(tmp_path):
+    """The layers beside the codes see their operands as they are, as where pictures are read later."""
+    task, seen = stage(tmp_path), []
+    logits, (matmul, conv) = task.model.logits, (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+
+    def spied(pixels):
+        seen.append((matmul.fp32_precision, conv.fp32_precision))
+        return logits(pixels)
+
+    task.model.logits = spied
+    with fp32_products("bf16"):
+        task.evaluate(0)
+        assert (matmul.fp32_precision, conv.fp32_precision) == ("bf16", "bf16")
+    assert seen == [("ieee", "ieee")]
+
+
 def test_psnr_is_in_decibels_of_the_mean_squared_error_of_each_picture():
     pixels = torch.full((3, 3, 2, 2), 0.5)
     other = pixels.clone()
@@ -143,14 +160,16 @@ class Same:
             yield (self.pixels,)
 
 
-def test_four_colours_are_learned(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_four_colours_are_learned(tmp_path, precision):
     """By the loop, with all that it is told: grey gives 6.0 dB, as the weights at the start do."""
     settings = (
         "image_size=16", "hidden=12", "codebook_width=12", "blocks_per_group=1", "patch=4", "vocab_size=16",
-        "batch_size=4", "eval_pictures=1", "precision=fp32", "start=random", "pixel_std=0.3", "tau_start=1",
-        "beta_start=0", "beta=0", "warmup=5", "lr=0.01", "ema_decay=0.9", "log_every=1",
+        "batch_size=4", "eval_pictures=1", "start=random", "pixel_std=0.3", "tau_start=1", "beta_start=0", "beta=0",
+        "warmup=5", "lr=0.01", "ema_decay=0.9", "log_every=1", f"precision={precision}",
     )  # fmt: skip
     session = prepare(Options(tmp_path, preset="tiny", steps=60, settings=settings))
+    assert session.engine.precision == precision
     four, model = Same(), session.task.model
     pixels = four.pixels / 255
     assert decibel(pixels, model.decode(model.encode(pixels))) < 6.5

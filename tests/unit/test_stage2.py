@@ -223,9 +223,12 @@ class Same:
             yield self.batch
 
 
-def test_one_batch_is_learned_by_heart(coloured):
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_one_batch_is_learned_by_heart(coloured, precision):
     """By the loop, with all that it is told: codes that nothing but memory can foretell."""
-    session = begun(coloured, "lr=0.02", "lr_end=0.001", "warmup=5", "caption_dropout=0", "guidance=1")
+    settings = ("lr=0.02", "lr_end=0.001", "warmup=5", "caption_dropout=0", "guidance=1")
+    session = begun(coloured, *settings, f"precision={precision}")
+    assert session.engine.precision == precision
     codes = torch.randint(13, (4, 4, 4), generator=torch.Generator().manual_seed(0))
     session.task.codes.encode = lambda _pixels: codes
     assert train(session._replace(loader=Same(next(session.loader.batches(0, 1)))))
