@@ -205,7 +205,8 @@ class Engine:
 
     @torch.no_grad()
     def _assign(self, weights: list[Tensor]) -> None:
-        torch._foreach_copy_(self.parameters, weights)
+        for p, weight in zip(self.parameters, weights, strict=True):
+            p.copy_(weight)  # one by one: of several types at a time torch below 2.11 garbles them on CUDA
 
     def state(self) -> dict[str, dict[str, Part]]:
         """All that resuming needs, as {file: {name: part}}; all processes name the same in the same order."""

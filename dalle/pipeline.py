@@ -92,17 +92,7 @@ class TextToImage:
                     f"{run} holds no trained {stage}: `dalle {command} --run {run}` trains one; "
                     "or name another --run"
                 )
-        began = read_json(run / "prior" / "config.json")
-        tokenizer = Tokenizer.load(run / "prior" / "tokenizer.json")
-        for part, trained_on, path, present in (
-            ("dVAE", began.get("dvae"), run / "dvae", fingerprint_of(run)),
-            ("tokenizer", began.get("tokenizer"), run / "prior" / "tokenizer.json", tokenizer.fingerprint()),
-        ):
-            if trained_on != present:
-                raise CheckpointError(
-                    f"the prior in {run / 'prior'} was trained on the {part} {trained_on}, but {path} is "
-                    f"{present}: put that {part} back, or train the prior anew in another --run"
-                )
+        began, tokenizer = _fitting(run)
         trained = _numbers(began.get("training"), run / "prior" / "config.json")
         return cls(
             tokenizer,
@@ -258,6 +248,26 @@ class TextToImage:
         show(pictures)
 
 
+def _fitting(run: Path) -> tuple[dict[str, Any], Tokenizer]:
+    """The prior's config.json and its tokenizer, where it was trained on what the run holds now.
+
+    Raises:
+        CheckpointError: it was trained on another dVAE or tokenizer, or a file is missing or damaged.
+    """
+    began = read_json(run / "prior" / "config.json")
+    tokenizer = Tokenizer.load(run / "prior" / "tokenizer.json")
+    for part, trained_on, path, present in (
+        ("dVAE", began.get("dvae"), run / "dvae", fingerprint_of(run)),
+        ("tokenizer", began.get("tokenizer"), run / "prior" / "tokenizer.json", tokenizer.fingerprint()),
+    ):
+        if trained_on != present:
+            raise CheckpointError(
+                f"the prior in {run / 'prior'} was trained on the {part} {trained_on}, but {path} is "
+                f"{present}: put that {part} back, or train the prior anew in another --run"
+            )
+    return began, tokenizer
+
+
 def _numbers(training: Any, path: Path) -> dict[str, float]:
     """Of the prior's settings those that drawing follows; neutral where there are none."""
     neutral = {"guidance": 1.0, "top_p": 1.0, "caption_dropout": 0.0}
@@ -290,16 +300,15 @@ def coarse_of(run: Path) -> Coarse:
     """A run for a prior over finer codes to begin with.
 
     Raises:
-        CheckpointError: it lacks a stage, or is damaged.
+        CheckpointError: it lacks a stage, is damaged, or its prior was trained on another dVAE or tokenizer.
     """
     run = find_run(run)
     codes = codes_of(run)
     if not (run / "prior" / "weights.safetensors").is_file():
         raise CheckpointError(f"{run} holds no trained prior: name another run to grow from")
-    return Coarse(
-        Prior.load(run / "prior"), codes, Tokenizer.load(run / "prior" / "tokenizer.json"),
-        fingerprint(run / "prior" / "weights.safetensors"),
-    )  # fmt: skip
+    _, tokenizer = _fitting(run)
+    weights = run / "prior" / "weights.safetensors"
+    return Coarse(Prior.load(run / "prior"), codes, tokenizer, fingerprint(weights))
 
 
 def fingerprint_of(run: Path) -> str:

@@ -96,9 +96,12 @@ def make_compression(config: Training, matrices: Mapping[str, int]) -> PowerSGD 
     )  # fmt: skip
 
 
-def _refuse_offload(config: Training) -> None:
+def _refuse_offload(config: Training, machines: int) -> None:
     """Raises `ConfigError` for what exchanges gradients that lie in main memory: NCCL cannot."""
-    for name, off in (("compression_rank", 0), ("optimizer", "adamw")):
+    exchanging: list[tuple[str, object]] = [("optimizer", "adamw")]
+    if machines > 1:
+        exchanging.append(("compression_rank", 0))
+    for name, off in exchanging:
         if (value := getattr(config, name, off)) != off:
             raise ConfigError(
                 f"offload=cpu leaves gradients in main memory, from where {name}={value} cannot exchange "
@@ -128,7 +131,7 @@ def make_engine(
     micro_batches = config.micro_batches(here.world)
     whole = here.world == 1 or config.zero == 0
     if not whole and config.offload != "none" and best_device().type == "cuda":
-        _refuse_offload(config)
+        _refuse_offload(config, here.machines)
     muon: Muon | None = None
     adamw: Callable[..., AdamW] = AdamW
     if isinstance(config, LargeTraining) and config.moments == "16bit":

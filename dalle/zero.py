@@ -205,6 +205,8 @@ class ZeroEngine(Engine):
         )  # fmt: skip
         self.device = torch.device(self.deep.device)
         self.shares = {name: self._share(p) for name, p in self.named.items()}
+        if compression is not None and topology.machines > 1:
+            self._begin_alike()
 
     def _share(self, p: Any) -> _Share | None:
         if self.stage == 3:
@@ -269,6 +271,14 @@ class ZeroEngine(Engine):
 
     def _make_buckets(self) -> None:
         """DeepSpeed averages them, on CUDA during the backward pass."""
+
+    @torch.no_grad()
+    def _begin_alike(self) -> None:
+        """See `Engine`: DeepSpeed sees to it within a machine only, where each partitions for itself."""
+        for flat, average in zip(self.flats, self.average.weights, strict=True):
+            dist.broadcast(flat, group=self.topology.between, group_src=0)
+            average.copy_(flat)
+        self._show(self.flats)
 
     def _norm(self, gradients: list[Tensor]) -> float:
         squares = torch.zeros((), device=self.device)

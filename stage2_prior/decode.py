@@ -59,7 +59,7 @@ class Decoder:
         # x·sigmoid(sx) is silu(sx) / s: one pass, where the factors go into weights that are rounded anyway.
         s = STEEPNESS
         factors = [(1.0, 1.0), (1.0, 1.0), (s, s), (1 / s, 1.0)] if rounded else 4 * [(1.0, 1.0)]
-        with fp32_products("ieee"):
+        with fp32_products("ieee"), as_they_are(self.device):  # as when it draws, whatever is around it now
             # Logits are fp32 whatever the rest runs in (paper, App. D), but for those of int4.
             of_head: dict[Weights, Weights] = {"bf16": "fp32", "int8": "fp16"}
             (head,) = fastest([model.image_head], of_head.get(self.weights, self.weights), rows)

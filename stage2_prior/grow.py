@@ -16,6 +16,7 @@ from torch import Tensor
 from dalle.errors import ConfigError
 from dalle.pictures import to_pixels
 from dalle.text import Tokenizer
+from dalle.zero import whole
 from stage2_prior.codes import Codes
 from stage2_prior.config import PriorConfig
 from stage2_prior.model import CodeTables, Prior
@@ -73,10 +74,10 @@ def grow(fine: Prior, coarse: Coarse, codes: Codes, pictures: UInt8[Tensor, "n 3
     learned = dict(coarse.prior.named_parameters())
     for name, parameter in fine.named_parameters():
         if name.split(".")[0] not in OF_CODES:
-            parameter.copy_(learned[name])
+            _put(parameter, learned[name])
     times = fine.config.grid // coarse.prior.config.grid
-    fine.rows.weight.copy_(coarse.prior.rows.weight.repeat_interleave(times, 0))
-    fine.columns.weight.copy_(coarse.prior.columns.weight.repeat_interleave(times, 0))
+    _put(fine.rows.weight, coarse.prior.rows.weight.repeat_interleave(times, 0))
+    _put(fine.columns.weight, coarse.prior.columns.weight.repeat_interleave(times, 0))
 
     tables = coarse.prior.code_tables()
     sums = CodeTables(*(torch.zeros(codes.vocab_size, fine.config.width) for _ in tables))
@@ -87,13 +88,19 @@ def grow(fine: Prior, coarse: Coarse, codes: Codes, pictures: UInt8[Tensor, "n 3
         for total, table in zip(sums, tables, strict=True):
             total.index_add_(0, of_fine, table.cpu()[of_coarse])
     embedding, head = (total / shown.clamp_min(1)[:, None] for total in sums)
-    fine.image_tokens.weight.copy_(embedding)
-    fine.image_head.weight.copy_(head)
+    _put(fine.image_tokens.weight, embedding)
+    _put(fine.image_head.weight, head)
     likely = (1 + shown).log()
-    fine.image_head.bias.copy_(likely - likely.mean())
+    _put(fine.image_head.bias, likely - likely.mean())
     if fine.code_vectors is not None:
-        fine.code_vectors.embedding.weight.zero_()
-        fine.code_vectors.head.weight.zero_()
+        _put(fine.code_vectors.embedding.weight, torch.zeros(()))
+        _put(fine.code_vectors.head.weight, torch.zeros(()))
+
+
+def _put(parameter: Tensor, values: Tensor) -> None:
+    """Write a parameter, one at a time: where the model is partitioned no process ever holds all of it."""
+    with whole([parameter]):
+        parameter.copy_(values)
 
 
 def _in_the_same_place(

@@ -75,7 +75,8 @@ def cross_entropy(
     if states.device.type == "cpu":
         most = min(most, 2 * weight.numel())
     rows = max(1, (at_once or most) // len(weight))
-    total: Tensor = _CrossEntropy.apply(states.float(), weight.float(), bias.float(), targets, rows, product)
+    wanted = product if torch.is_grad_enabled() else None  # which a Function cannot ask inside
+    total: Tensor = _CrossEntropy.apply(states.float(), weight.float(), bias.float(), targets, rows, wanted)
     return total
 
 
@@ -88,11 +89,11 @@ class _CrossEntropy(torch.autograd.Function):
         bias: Tensor,
         targets: Tensor,
         rows: int,
-        product: torch.dtype,
+        product: torch.dtype | None,  # of the gradient's products; None: no gradient is wanted
     ) -> Tensor:
-        total, wanted = states.new_zeros(()), any(ctx.needs_input_grad)
-        of_states, of_weight, of_bias = torch.empty_like(states), None, torch.zeros_like(bias)
-        if wanted:
+        total = states.new_zeros(())
+        if product is not None:
+            of_states, of_weight, of_bias = torch.empty_like(states), None, torch.zeros_like(bias)
             rounded = weight.to(product)
         with as_they_are(states.device):
             for at in range(0, len(states), rows):
@@ -101,14 +102,14 @@ class _CrossEntropy(torch.autograd.Function):
                 most, chosen = logits.amax(1), logits.gather(1, target)[:, 0]
                 p = torch.softmax(logits, 1, out=logits)
                 total += (most - p.amax(1).log() - chosen).sum()  # most − ln p(most) is ln Σ exp
-                if wanted:
+                if product is not None:
                     of_logits = p.scatter_add_(1, target, p.new_full(target.shape, -1))
                     of_bias += of_logits.sum(0)
                     wide = of_logits.to(product)
                     of_states[at : at + rows] = wide @ rounded
                     part = wide.t() @ x.to(product)
                     of_weight = part.float() if of_weight is None else of_weight.add_(part)
-        if wanted:
+        if product is not None:
             of_weight = torch.zeros_like(weight) if of_weight is None else of_weight
             ctx.save_for_backward(of_states, of_weight, of_bias)
         return total

@@ -8,6 +8,7 @@ Source: paper, §2.2 and App. B.1.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
@@ -291,7 +292,8 @@ def matrix_flops(config: PriorConfig, words: int = 0) -> int:
     image slots, the text head at `words` text tokens. What a form of attention computes besides is not.
     """
     c = config
-    pairs = sum(int(dense(kind, c.text_length, c.grid, c.kernel).sum()) for kind in kinds(c.depth))
+    layers_of = Counter(kinds(c.depth))
+    pairs = sum(n * int(dense(kind, c.text_length, c.grid, c.kernel).sum()) for kind, n in layers_of.items())
     layers = c.depth * 12 * c.width**2 * c.length
     heads = c.width * (c.cells * c.image_vocab + words * c.text_vocab)
     return 2 * (layers + 2 * c.width * pairs + heads)

@@ -126,7 +126,7 @@ def draw(
         slot.zero_()
 
     checked = 1 if device.type == "cpu" else grid  # cells between two looks at `sums`
-    go = one_cell if device.type == "cpu" else _recorded(one_cell, start_over)
+    go = one_cell if device.type == "cpu" else _recorded(one_cell, start_over, device)
     for cell in range(cells):
         with using(decoder.threads):
             go()
@@ -136,20 +136,23 @@ def draw(
         yield codes[0].clone()
 
 
-def _recorded(step: Callable[[], None], start_over: Callable[[], None]) -> Callable[[], None]:
+def _recorded(
+    step: Callable[[], None], start_over: Callable[[], None], device: torch.device
+) -> Callable[[], None]:
     """`step` as a CUDA graph: its hundreds of small kernels are launched at once.
 
     It runs a few times first, as recording demands, and `start_over` undoes that.
     """
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        for _ in range(3):
-            start_over()
+    with torch.cuda.device(device):  # on any other one nothing would be recorded
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(3):
+                start_over()
+                step()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=beside):
             step()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
     start_over()
     return graph.replay

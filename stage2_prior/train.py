@@ -154,9 +154,7 @@ def _model(run: Plan, codes: Codes, coarse: Coarse | None, pictures: Callable[[]
     if coarse is not None and not run.resumed:
         of, to = coarse.codes.grid, codes.grid
         say(f"prior: beginning with one over {of}×{of} codes, for {to}×{to}")
-        seen = pictures()
-        with whole(model.parameters()):
-            grow(model, coarse, codes, seen)
+        grow(model, coarse, codes, pictures())
     place(model, config)
     # A partitioned layer would otherwise stay whole until its backward pass.
     model.recompute = config.recompute or partitioned(config)
@@ -339,9 +337,10 @@ class Stage2:
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out losses, and drawings of the fixed prompts in pictures/ unless the model is partitioned."""
         sums: dict[str, float] = {}
+        words = int((self.heldout_tokens >= 0).sum()) / len(self.heldout_tokens)  # of a caption
         parts = (held.split(self.at_once) for held in (self.heldout_tokens, self.heldout_codes))
         for tokens, codes in zip(*parts, strict=True):
-            text, image = losses(self.model, tokens, codes, threads=self.threads)
+            text, image = losses(self.model, tokens, codes, words * len(codes), self.threads)
             for name, value in {"loss": self.weighted(text, image), **self.metrics(text, image)}.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(codes) / len(self.heldout_codes)
         metrics = {f"heldout_{name}": value for name, value in sums.items()}

@@ -73,6 +73,17 @@ def stages() -> dict[str, Any]:
     return result
 
 
+def alike() -> dict[str, bool]:
+    """Whether machines that would begin with weights of their own hold the same ones, averages too."""
+    result = {}
+    for zero in STAGES:
+        one = session(zero=zero, seed=3 + topology().rank // topology().local_world)
+        wire = one.engine.compression.wire
+        result[str(zero)] = wire.same(one.engine._own_weights()) and wire.same(one.engine.average.weights)
+        finish(one)
+    return result
+
+
 def same(one: Session) -> bool:
     """Whether a save would find the machines alike; and it must find a change of one bit on one of them."""
     weights = one.engine._own_weights()

@@ -10,9 +10,14 @@ TEAM = "tests.distributed.compressed"
 
 
 @pytest.fixture(scope="module")
-def machines(teams):
+def found(teams):
     """All stages, in one start of 2 × 2 processes."""
-    return teams(TEAM, "stages", local=2, machines=2)["stages"]
+    return teams(TEAM, "stages+alike", local=2, machines=2)
+
+
+@pytest.fixture(scope="module")
+def machines(found):
+    return found["stages"]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +45,11 @@ def test_after_the_start_the_bytes_are_those_of_the_formula(machines, kind, zero
 @pytest.mark.parametrize(("kind", "zero"), CASES)
 def test_machines_hold_the_same_bits_and_a_save_would_find_one_that_is_not(machines, kind, zero):
     assert machines[f"{kind} {zero}"]["same"]
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_machines_begin_with_the_weights_of_the_first(found, zero):
+    assert found["alike"][str(zero)]
 
 
 @pytest.mark.parametrize("zero", STAGES)

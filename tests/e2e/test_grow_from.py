@@ -1,6 +1,7 @@
 """`dalle train-prior --grow-from`: a run that begins with the prior of another, over coarser codes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,12 @@ def test_what_does_not_fit_is_told_before_anything_is_written(dalle, coarse, fin
     said = complaint(dalle(*prior(run, "--grow-from", coarse, "--set", "depth=5")))
     assert "depth=3, the new one depth=5" in said
     assert not (run / "prior" / "config.json").exists()
+
+
+def test_a_prior_beside_another_dvae_is_not_grown_from(dalle, coarse, fine, tmp_path):
+    """Its codes mean nothing there."""
+    run, mixed = begin(fine, tmp_path, "prior"), tmp_path / "mixed"
+    shutil.copytree(coarse / "prior", mixed / "prior")
+    shutil.copytree(fine / "dvae", mixed / "dvae")
+    said = complaint(dalle(*prior(run, "--grow-from", mixed)))
+    assert "was trained on the dVAE" in said

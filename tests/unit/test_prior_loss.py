@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from dalle.precision import arithmetic
 from dalle.runs import Plan
@@ -89,6 +90,17 @@ def test_cross_entropy_a_few_rows_at_a_time_is_torchs(rows, held, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("mode", "products"), [(torch.enable_grad, 3), (torch.no_grad, 1), (torch.inference_mode, 1)]
+)
+def test_no_gradient_is_computed_where_none_is_wanted(mode, products):
+    """A Function is told that parameters need gradients, even where these are off."""
+    states, weight = torch.randn(6, 5), torch.randn(7, 5).requires_grad_()
+    with mode(), FlopCounterMode(display=False) as counter:
+        loss.cross_entropy(states, weight, torch.zeros(7, requires_grad=True), torch.arange(6))
+    assert counter.get_total_flops() == products * 2 * 6 * 5 * 7
+
+
 @pytest.mark.parametrize("sure", [0.0, 9.0])
 def test_cross_entropy_in_bf16_rounds_the_gradient_and_never_swamps_it(sure):
     """Of a target that is all but certain, too: its gradient is a small difference of large numbers."""
@@ -125,11 +137,12 @@ def test_on_threads_losses_and_gradients_are_those_of_the_whole_batch(channels):
     torch.testing.assert_close(passed(Threads(2)), passed(None), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("precision", "limit"), [("bf16", 0.03), ("fp16", 0.003)])
+@pytest.mark.parametrize(("precision", "limit"), [("bf16", 0.01), ("fp16", 0.0015)])
 @pytest.mark.parametrize("channels", [0, 5])
 @pytest.mark.parametrize("backend", ["dense", "block"])
-def test_training_in_16_bits_goes_where_fp32_would(precision, limit, channels, backend):
-    """2^-9 or 2^-12 in each of some dozen products; single parameters are off by more than all together."""
+def test_gradients_in_16_bits_are_those_of_fp32_but_for_rounding(precision, limit, channels, backend):
+    """2^-9 or 2^-12 in each of some dozen products: 0.4 % and 0.05 % of all were measured, and up to 2 % and
+    0.3 % of one parameter's."""
     model = tiny.prior(code_channels=channels)
     model.attend_by(backend)
     tokens, codes = tiny.batch(model, 4)
@@ -140,7 +153,7 @@ def test_training_in_16_bits_goes_where_fp32_would(precision, limit, channels, b
 
     exact, found = (tiny.gradients(model, PriorTraining(batch_size=4), p, loss) for p in ("fp32", precision))
     assert 1e-4 < tiny.apart(found.values(), exact.values()) < limit
-    assert max(tiny.apart([found[name]], [exact[name]]) for name in exact) < 3 * limit
+    assert max(tiny.apart([found[name]], [exact[name]]) for name in exact) < 4 * limit
 
 
 def stage(tmp_path, model, precision="fp32", **settings) -> Stage2:
