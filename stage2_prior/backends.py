@@ -33,6 +33,9 @@ from stage2_prior.masks import Kind, allowed, dense, kinds
 # Queries of a block: fewer make products too small, more look at slots in vain. In 16 bits products are fast
 # for their size, and what they cost besides counts more.
 TOGETHER, TOGETHER_IN_16_BITS = 64, 128
+# Compiled forms of FlexAttention, at most: beyond dynamo's own limit of 8 it would run uncompiled. There are
+# three masks, times the batch sizes of `choose`, training and evaluation, with gradients and without.
+FORMS = 64
 TRIES = 5
 
 
@@ -203,14 +206,15 @@ class Flex(Dense):
             return super().__call__(qkv, heads)  # a shorter sequence
         q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=heads)
         mask = _block_mask(self.kind, c.text_length, c.grid, c.kernel, qkv.device)
-        return rearrange(_compiled()(q, k, v, block_mask=mask), "b h t d -> b t (h d)")
+        # Here, since newer torch holds such a limit for one thread, and a backward pass that computes anew
+        # has a thread of its own.
+        with torch._dynamo.config.patch(recompile_limit=FORMS):
+            y = _compiled()(q, k, v, block_mask=mask)
+        return rearrange(y, "b h t d -> b t (h d)")
 
 
 @cache
 def _compiled() -> Any:
-    # Beyond dynamo's limit of forms (8) attention would run uncompiled: three masks, times the batch sizes of
-    # the choice below, of training and of evaluation, with gradients and without.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -238,7 +238,17 @@ def alike() -> list[list[float]]:
     """Sums of the weights and their averages in each process, where each began with others."""
     one = session(seed=3 + topology().rank, zero=0)
     tensors = (*one.engine.parameters, *one.engine.average.weights)
-    return topology().gather([float(tensor.double().sum()) for tensor in tensors])
+    return topology().gather([tensor.detach().double().sum().item() for tensor in tensors])
+
+
+def halved() -> dict[str, Any]:
+    """Weights in fp16, rounded at random: the course, and sums of the weights in each process after it."""
+    with patch("dalle.packed.SMALL", 1):
+        one = session(zero=0, precision="fp16", moments="16bit", weights="fp16")
+    losses = [line["loss"] for line in train(one, 0, STEPS)]
+    held = [p for p in one.engine.parameters if p.dtype == torch.float16]
+    sums = topology().gather([p.detach().double().sum().item() for p in one.engine.parameters])
+    return {"loss": losses, "halved": len(held), "sums": sums}
 
 
 def gathered() -> list[list[str]]:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tests.distributed.team import COURSES, SICK, SICK_STEP, STAGES, STEPS, curve, key, session, train
+from tests.distributed.team import COURSES, SICK, SICK_STEP, STAGES, STEPS, curve, halved, key, session, train
 from tests.distributed.warm import SLURM
 
 pytestmark = pytest.mark.distributed
@@ -68,7 +68,7 @@ def test_an_infinity_in_one_process_shrinks_one_scale_everywhere_and_the_run_goe
 
 @pytest.fixture(scope="module")
 def two(teams):
-    return teams(TEAM, "born+alike+offloaded+muon+gathered", local=2)
+    return teams(TEAM, "born+alike+offloaded+muon+halved+gathered", local=2)
 
 
 def test_slurm_starts_the_same(teams, two):
@@ -109,6 +109,14 @@ def test_an_optimizer_in_main_memory_makes_the_same_updates(two, alone, zero):
     found, expected = two["offloaded"][str(zero)], alone["fp32"]
     for name in ("loss", "heldout", "after"):
         assert found[name] == pytest.approx(expected[name], rel=TOLERANCE["fp32"])
+
+
+def test_weights_in_fp16_stay_the_same_in_every_process(two):
+    found, expected = two["halved"], halved()
+    assert found["halved"] == expected["halved"] > 0
+    assert found["loss"] == pytest.approx(expected["loss"], rel=5e-3)  # some are rounded the other way
+    first, second = found["sums"]
+    assert first == second
 
 
 def test_a_layer_is_whole_only_while_it_runs(two):
