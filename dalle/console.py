@@ -131,7 +131,9 @@ class Bar:
     def show(self, done: int, values: Mapping[str, str] | None = None) -> None:
         """Show that `done` of them are done, with a few values beside the bar."""
         self.done = done
-        words = [f"{self.rate(done):.3g} {self.unit}/s", f"{duration(self.left(done))} left"]
+        rate = self.rate(done)
+        shown = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+        words = [f"{shown} {self.unit}/s", f"{duration(self.left(done))} left"]
         words += [f"{name} {value}" for name, value in (values or {}).items()]
         self.progress.update(self.task, completed=done, words=" · ".join(words))
         if not console.is_terminal and (
