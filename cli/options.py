@@ -43,8 +43,8 @@ TrainingMinutes = Annotated[
     float | None,
     typer.Option(
         "--minutes",
-        help="In place of --steps: train for so many minutes, once the data are read. The number of updates and a new "
-        "run's schedules are fitted to them on the way.",
+        help="In place of --steps: train for so many minutes, once the data are read. The number of updates "
+        "and a new run's schedules are fitted to them on the way.",
         show_default=False,
     ),
 ]
