@@ -38,8 +38,8 @@ class Elbo:
     def metrics(self) -> dict[str, Tensor]:
         """Both terms in nats per picture, and their sum in bits per dimension (subpixel).
 
-        Of a density on mapped pixels, so that it may be below 0; 8.3 more, log₂(255 / 0.8), are the bits of an
-        8-bit subpixel, which others report.
+        Of a density on mapped pixels, so that it may be below 0; 8.3 more, log₂(255 / 0.8), are the bits of
+        an 8-bit subpixel, which others report.
         """
         nll, kl = self.nll.detach() * self.subpixels, self.kl.detach() * self.positions
         bits = self.subpixels * math.log(2)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from cli.main import _echo_path
 from dalle.builtin import FOLDER
-from dalle.evaluate import SPLITS, evaluate
+from dalle.evaluate import SPLITS, evaluate, interval
 from dalle.pipeline import TextToImage
 
 
@@ -73,9 +73,13 @@ def test_it_draws_nearly_as_well_as_its_report_says():
     right = {name: scores[name].right for name in SPLITS}
     assert all(right[name] >= counted[name] - 2 for name in SPLITS), right
     assert sum(right.values()) >= sum(counted.values()) - 4, right
-    # What the report says, of five hundred prompts, is no less than what can be seen here.
-    for name in SPLITS:
-        assert said[name]["right"] / said[name]["prompts"] == pytest.approx(counted[name] / 40, abs=0.05)
+    # The report, of five hundred prompts a kind, lies where these forty allow, kind by kind, and it claims no
+    # more of all of them than can be seen here.
+    shares = {name: said[name]["right"] / said[name]["prompts"] for name in SPLITS}
+    for name, share in shares.items():
+        low, high = interval(counted[name], 40)
+        assert low <= share <= high, name
+    assert sum(shares.values()) / len(SPLITS) <= interval(sum(right.values()), 40 * len(SPLITS))[1]
 
 
 def test_info_tells_how_it_was_trained(dalle, tmp_path):

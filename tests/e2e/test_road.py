@@ -149,6 +149,14 @@ def test_reconstruct_puts_pictures_through_the_dvae(run, dalle, tmp_path):
         assert pair.size == (34, 16)
 
 
+def test_reconstructions_go_where_they_are_wanted(run, dalle, tmp_path):
+    source = tiny.write_folder(tmp_path / "data", 1) / "0.png"
+    done = dalle("reconstruct", source, "--run", run, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert done.paths == [tmp_path / "out" / "0-reconstruction.png"]
+    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".json", ".png"]
+
+
 def test_info_tells_what_a_run_holds(run, dalle):
     facts = json.loads(dalle("info", run, "--json").out)
     assert facts["dvae"]["steps"] == facts["prior"]["steps"] == 4

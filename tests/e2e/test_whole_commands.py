@@ -10,9 +10,11 @@ import torch
 
 from dalle.checkpoint import fingerprint
 from dalle.evaluate import SPLITS
+from dalle.metrics import read_metrics
 from dalle.scenes.source import Scenes
+from stage2_prior.config import PRESETS
 from tests import tiny
-from tests.e2e.settings import options, prior
+from tests.e2e.settings import PRIOR, begin, options, prior
 
 
 def test_a_resumed_run_is_identical(dalle, trained):
@@ -62,6 +64,17 @@ def test_a_report_lies_in_the_run_unless_told_otherwise(dalle, judged):
     assert done.code == 0, done.err
     assert done.out == f"{judged / 'report.html'}\n"
     assert (judged / "report.json").is_file()
+
+
+def test_a_prior_makes_the_updates_that_there_is_time_for(dalle, trained, tmp_path):
+    run = begin(trained, tmp_path, "prior")
+    done = dalle("train-prior", "--preset", "tiny", "--run", run, "--minutes", 0.01, *PRIOR)
+    assert done.code == 0, done.err
+    made = read_metrics(run / "prior")[-1]["step"]
+    assert 1 <= made < PRESETS["tiny"][1].steps
+    assert made == json.loads((run / "prior" / "config.json").read_text())["training"]["steps"]
+    again = dalle("train-prior", "--run", run)
+    assert f"has its {made:,} steps already" in again.err
 
 
 def test_a_prior_is_trained_on_a_dvae_that_was_imported(dalle, tmp_path):

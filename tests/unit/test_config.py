@@ -1,13 +1,12 @@
 """Settings: read by the field's type, refused in one line that says what to do."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
-from dalle.config import describe, from_json, override, parse, preset, setting, to_json
+from dalle.config import describe, from_json, override, parse, preset, setting
 from dalle.errors import ConfigError
 
 
@@ -109,11 +108,6 @@ def test_a_field_that_is_not_the_users_is_refused_with_its_source():
 
 def test_a_combination_that_cannot_be_is_refused():
     assert message(override, SECTIONS, ["lr=0"]) == "lr=0.0 must be above 0"
-
-
-@pytest.mark.parametrize("config", [Model(width=5), Model(width=5, gain=0.1), Run(schedule="cosine")])
-def test_a_config_survives_json(config):
-    assert from_json(type(config), json.loads(json.dumps(to_json(config))), "config.json") == config
 
 
 def test_a_whole_number_is_a_number():

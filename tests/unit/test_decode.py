@@ -184,7 +184,7 @@ def test_what_rounds_around_it_does_not_reach_into_fp32():
         assert torch.equal(tiny.cached_logits(model, tokens, codes), plain)
 
 
-# Torch has oneDNN's blocks and FBGEMM's packed fp16 only for some CPUs and systems, oneDNN bf16 for fewer still.
+# Torch has oneDNN's blocks and FBGEMM's packed fp16 on some systems only, and blocks of bf16 on some CPUs.
 FP32 = [linear._ByRows, linear._ByColumns, linear._InParts]
 FP32 += [linear._Blocked] * torch.backends.mkldnn.is_available()
 FORMS = {

@@ -123,9 +123,9 @@ def test_threads_that_share_the_pictures_change_nothing(model, count, monkeypatc
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)  # fp32, other orders of summation
 
 
-@pytest.mark.parametrize("half", ["encoder", "decoder"])
-def test_training_in_bf16_goes_where_fp32_would(model, half):
-    """2^-9 in each of some dozen products. The decoder, whose ReLUs stand close to 0, is off by 1 to 3 %."""
+@pytest.mark.parametrize(("half", "limit"), [("encoder", 0.02), ("decoder", 0.05)])
+def test_gradients_in_bf16_are_those_of_fp32_but_for_rounding(model, half, limit):
+    """2^-9 in each of some dozen products: 1 % of the encoder's and 2 % of the decoder's were measured."""
 
     def loss(model):
         terms, *_ = elbo(model, pictures(4), tau=1.0, generators=[seeded(i) for i in range(4)])
@@ -136,7 +136,7 @@ def test_training_in_bf16_goes_where_fp32_would(model, half):
         [g for name, g in tiny.gradients(model, PRESETS["tiny"][1], p, loss).items() if name.startswith(half)]
         for p in ("fp32", "bf16")
     )
-    assert 1e-3 < tiny.apart(found, exact) < 0.04
+    assert 1e-3 < tiny.apart(found, exact) < limit
 
 
 def test_noise_is_the_generators_alone(model):

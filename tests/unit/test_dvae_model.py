@@ -70,7 +70,7 @@ def test_encoding_has_no_noise_and_does_not_depend_on_the_batch():
     assert torch.equal(model.encode(pixels(3)[1:2]), first[1:2])
 
 
-def test_encoding_rounds_nothing_where_training_does(monkeypatch):
+def test_encoding_rounds_nothing_where_training_does():
     """What oneDNN is told is looked at as well: without AMX it rounds nothing either way."""
     model, seen = dvae(vocab_size=500), []
     plain = model.encode(pixels(50))
@@ -80,7 +80,7 @@ def test_encoding_rounds_nothing_where_training_does(monkeypatch):
         seen.append((matmul.fp32_precision, conv.fp32_precision))
         return logits(some)
 
-    monkeypatch.setattr(model, "logits", spied)
+    model.logits = spied
     with fp32_products("bf16"):
         assert torch.equal(model.encode(pixels(50)), plain)
         assert (matmul.fp32_precision, conv.fp32_precision) == ("bf16", "bf16")

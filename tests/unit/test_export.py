@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,31 @@ from dalle.errors import CheckpointError
 from dalle.export import export
 from dalle.pipeline import TextToImage
 from tests import tiny
+
+
+def test_an_exported_run_draws_nearly_the_same_from_half_the_bytes(tmp_path):
+    run = tiny.write_run(tmp_path / "run")
+    size = export(run, tmp_path / "out")
+    assert size == sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
+    for stage in ("dvae", "prior"):
+        before, after = (f / stage / "weights.safetensors" for f in (run, tmp_path / "out"))
+        assert after.stat().st_size < 0.75 * before.stat().st_size
+    ours, theirs = (TextToImage.load(folder, precision="fp32") for folder in (run, tmp_path / "out"))
+    for mine, other in zip(ours.prior.parameters(), theirs.prior.parameters(), strict=True):
+        assert other.dtype == mine.dtype
+        np.testing.assert_allclose(mine.numpy(), other.numpy(), rtol=1e-3, atol=1e-6)
+    with pytest.raises(Exception, match="is not empty: name a new folder"):
+        export(run, tmp_path / "out")
+
+
+def test_an_exported_run_has_plain_tables_of_16_bits(tmp_path):
+    """So that drawing may keep them in 16 bits: sums of two 16-bit numbers would not fit."""
+    run = tiny.write_run(tmp_path / "run", code_channels=5)
+    export(run, tmp_path / "out")
+    ours, theirs = (TextToImage.load(folder, precision="fp32").prior for folder in (run, tmp_path / "out"))
+    assert (ours.config.code_channels, theirs.config.code_channels) == (5, 0)
+    table = ours.code_tables().head
+    assert torch.equal(theirs.image_head.weight, table.half().float())
 
 
 def test_numbers_too_large_for_16_bits_stay_in_32(tmp_path):

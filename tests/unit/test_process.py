@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +28,9 @@ with only_process(Path(sys.argv[1])):
 """
 STOP = """
 import sys, time
+import dalle.process
 from dalle.process import stop_signals
+dalle.process.SAME = 0.0  # a second signal is a second one, however soon
 with stop_signals() as stopped:
     print("ready", flush=True)
     while not stopped() or "stubborn" in sys.argv:
@@ -184,13 +185,24 @@ def test_the_second_signal_stops_at_once():
         process.send_signal(signal.SIGINT)
         while "once more" not in process.stderr.readline():
             pass
-        process.send_signal(signal.SIGINT)  # the same again, as launchers hand it on
-        time.sleep(SAME)
-        assert process.poll() is None
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=20)
     assert out == ""
     assert process.returncode == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_follows_at_once_is_the_same_again(monkeypatch, number):
+    """Launchers hand on what the terminal sent to all."""
+    now, ends = [1000.0], []
+    monkeypatch.setattr("dalle.process.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "_exit", ends.append)
+    with stop_signals() as stopped:
+        for later, ended in ((0.0, []), (0.9 * SAME, []), (1.1 * SAME, [1])):
+            now[0] = 1000.0 + later
+            signal.raise_signal(number)
+            assert stopped()
+            assert ends == ended
 
 
 def test_numbers_too_small_to_matter_are_0_in_training_and_in_its_threads():

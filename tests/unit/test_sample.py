@@ -1,4 +1,4 @@
-"""Drawing codes: the cache, the noise, and the choice of a code."""
+"""Drawing codes: the noise, and the choice of a code."""
 
 import math
 import time
@@ -10,28 +10,8 @@ import torch
 from dalle.errors import ConfigError
 from dalle.threads import using
 from stage2_prior.decode import Decoder
-from stage2_prior.masks import kinds
 from stage2_prior.sample import Sampling, choose, draw, noise, read
 from tests import oracles, tiny
-
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-@pytest.mark.parametrize("depth", [1, 2, 3, 7])
-@pytest.mark.parametrize(("prompts", "pictures"), [(1, 1), (1, 3), (3, 2)])
-def test_cached_logits_equal_those_of_a_whole_forward_pass(depth, prompts, pictures):
-    model = tiny.prior(depth=depth, grid=5)
-    tokens, _ = tiny.batch(model, prompts)
-    _, codes = tiny.batch(model, prompts * pictures, seed=1)
-    with torch.no_grad():
-        _, image = model(tokens.repeat_interleave(pictures, 0), codes)
-        whole = model.image_logits(image)
-    scale = whole.abs().max()
-    torch.testing.assert_close(tiny.cached_logits(model, tokens, codes) / scale, whole / scale, **CLOSE)
-
-
-def test_the_depths_above_cover_every_mask():
-    assert {kind for depth in (1, 2, 3, 7) for kind in kinds(depth)} == {"row", "column", "conv"}
 
 
 @pytest.mark.parametrize(

@@ -165,8 +165,8 @@ def test_four_colours_are_learned(tmp_path, precision):
     """By the loop, with all that it is told: grey gives 6.0 dB, as the weights at the start do."""
     settings = (
         "image_size=16", "hidden=12", "codebook_width=12", "blocks_per_group=1", "patch=4", "vocab_size=16",
-        "batch_size=4", "eval_pictures=1", "start=random", "pixel_std=0.3", "tau_start=1", "beta_start=0", "beta=0",
-        "warmup=5", "lr=0.01", "ema_decay=0.9", "log_every=1", f"precision={precision}",
+        "batch_size=4", "eval_pictures=1", "start=random", "pixel_std=0.3", "tau_start=1", "beta_start=0",
+        "beta=0", "warmup=5", "lr=0.01", "ema_decay=0.9", "log_every=1", f"precision={precision}",
     )  # fmt: skip
     session = prepare(Options(tmp_path, preset="tiny", steps=60, settings=settings))
     assert session.engine.precision == precision

@@ -94,6 +94,22 @@ def test_the_entropy_of_codes_alone_is_that_of_their_frequencies(tmp_path):
     assert stage(tmp_path).unigram_entropy == 0
 
 
+def test_held_out_losses_do_not_depend_on_how_many_pictures_are_taken_at_once(tmp_path):
+    """Parts with longer captions count for more text."""
+    one, found = stage(tmp_path), []
+    one.heldout_codes = torch.randint(13, (6, 16), generator=torch.Generator().manual_seed(0))
+    tokens = torch.full((6, one.heldout_tokens.shape[1]), NO_TOKEN)
+    for picture, words in enumerate((1, 5, 2, 0, 3, 4)):
+        tokens[picture, :words] = torch.arange(words)
+    one.heldout_tokens = tokens
+    one.drawings = lambda: Image.new("RGB", (8, 8))
+    with torch.no_grad():
+        for one.at_once in (1, 4, 6):
+            found.append(one.evaluate(1))
+    for part in found[:2]:
+        assert part == pytest.approx(found[2], rel=1e-5)
+
+
 def test_captions_that_were_cut_are_counted_and_told(tmp_path, capsys):
     task = stage(tmp_path)
     tokens, codes = tiny.batch(task.model, 3)
