@@ -169,7 +169,7 @@ def _continued(
     name, data = saved.get("preset"), saved.get("data")
     if not isinstance(name, str) or not isinstance(data, str):
         raise ConfigError(f"{path} does not name the preset and the data of its run")
-    moved = f"; if they have only moved, change data in {path}"
+    moved = "" if data == "scenes" else f"; if they have only moved, change data in {path}"
     for what, was, now, or_else in (
         ("--preset", name, options.preset, ""), ("--data", located(data), options.data, moved)
     ):  # fmt: skip

@@ -237,7 +237,11 @@ def test_settings_of_the_prior_that_cannot_be(dalle, run, more, said):
     ("make", "more", "said"),
     [
         (dvae, options(hidden=8), "was started with hidden=12, not 8: keep it, or use another --run"),
-        (dvae, ["--data", "elsewhere"], "was started with --data scenes, not elsewhere"),
+        (
+            dvae,
+            ["--data", "/elsewhere"],
+            "was started with --data scenes, not /elsewhere: keep it, or use another --run",
+        ),
         (dvae, ["--preset", "small"], "was started with --preset tiny, not small"),
         (prior, options(depth=2), "was started with depth=3, not 2"),
         (prior, options(lr=1), "was started with lr="),
