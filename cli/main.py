@@ -119,7 +119,8 @@ def train_prior(
     from dalle.checkpoint import read_json
     from dalle.distributed import joined
     from dalle.pipeline import coarse_of, codes_of
-    from dalle.runs import Options, begun, check_settled, machine_preset
+    from dalle.runs import Options, begun, machine_preset
+    from stage1_dvae.train import check_settled
     from stage2_prior.train import resolve, train
 
     options = Options(run, data, preset, steps, _with_zero(settings, zero), minutes)
@@ -138,7 +139,7 @@ def train_prior(
             resolve(options, codes, **suits).show()
             return
         if not begun(run / "prior"):
-            check_settled(run / "dvae")
+            check_settled(run)
         done = train(options, codes, **suits, coarse=coarse_of(grow_from) if grow_from else None)
     if not done:
         raise typer.Exit(1)

@@ -14,12 +14,10 @@ from rich.text import Text
 from dalle.budget import Budget, lasting
 from dalle.checkpoint import FORMAT, read_json, write_json
 from dalle.config import describe, from_json, keys, override, preset, to_json
-from dalle.console import warn
 from dalle.data.open import located
 from dalle.errors import ConfigError
 from dalle.precision import best_device
-from dalle.process import held
-from dalle.states import newest_step, state_folders
+from dalle.states import state_folders
 from dalle.training import CHANGEABLE, Training
 
 HORIZONS = ("warmup", "lr_steps", "beta_steps", "tau_steps", "patience")  # spans within `steps`
@@ -123,23 +121,6 @@ def begun(folder: Path) -> bool:
         (folder / "weights.safetensors").exists() and not any(states.glob("step-*.partial"))
     )
     return made and (folder / "config.json").exists()
-
-
-def check_settled(folder: Path) -> None:
-    """Before a stage is built on the one in `folder`: warn if that was stopped early.
-
-    Raises:
-        ConfigError: it is being trained, and would be another model afterwards.
-    """
-    if held(folder):
-        raise ConfigError(f"{folder} is being trained: wait until that has ended, or use another --run")
-    steps = read_json(folder / "config.json").get("training", {}).get("steps", 0)
-    made = newest_step(folder / "state") if state_folders(folder / "state") else steps
-    if made < steps:
-        warn(
-            f"{folder} was stopped after {made:,} of {steps:,} steps, and is used as it is: it cannot be "
-            "trained on once another stage is begun on it"
-        )
 
 
 def _continued(

@@ -98,10 +98,8 @@ def make_compression(config: Training, matrices: Mapping[str, int]) -> PowerSGD 
 
 def _refuse_offload(config: Training, machines: int) -> None:
     """Raises `ConfigError` for what exchanges gradients that lie in main memory: NCCL cannot."""
-    exchanging: list[tuple[str, object]] = [("optimizer", "adamw")]
-    if machines > 1:
-        exchanging.append(("compression_rank", 0))
-    for name, off in exchanging:
+    exchanging = {"optimizer": "adamw"} | ({"compression_rank": 0} if machines > 1 else {})
+    for name, off in exchanging.items():
         if (value := getattr(config, name, off)) != off:
             raise ConfigError(
                 f"offload=cpu leaves gradients in main memory, from where {name}={value} cannot exchange "

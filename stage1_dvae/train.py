@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,13 +63,37 @@ def _spare_the_prior(options: Options) -> None:
         raise ConfigError(f"{prior} is being trained on this dVAE: wait for it, or use another --run")
     if not begun(prior) or not begun(folder):
         return
-    made, steps = newest_step(folder / "state"), resolve(options).training.steps
+    made, steps = _progress(options)
     if made < steps or options.minutes is not None:
         later = f"{steps:,}" if made < steps else "more"
         raise ConfigError(
             f"{prior} was begun on this dVAE as it is after {made:,} steps, and would not fit it "
             f"after {later}: use another --run"
         )
+
+
+def check_settled(run: Path) -> None:
+    """Before a prior is begun on the dVAE of a run: warn if that was stopped early.
+
+    Raises:
+        ConfigError: it is being trained, and would be another model afterwards.
+    """
+    folder = run / "dvae"
+    if held(folder):
+        raise ConfigError(f"{folder} is being trained: wait until that has ended, or use another --run")
+    if not state_folders(folder / "state"):
+        return  # imported, or handed on without its training
+    made, steps = _progress(Options(run))
+    if made < steps:
+        warn(
+            f"{folder} was stopped after {made:,} of {steps:,} steps, and is used as it is: it cannot be "
+            "trained on once a prior is begun on it"
+        )
+
+
+def _progress(options: Options) -> tuple[int, int]:
+    """The updates made so far, and those there are to be."""
+    return newest_step(options.run / "dvae" / "state"), resolve(options).training.steps
 
 
 def prepare(options: Options) -> Session:

@@ -168,6 +168,17 @@ def test_a_prior_on_a_dvae_that_was_stopped_is_warned_of(dalle, straight, tmp_pa
     assert f"dvae was stopped after {STEPS - 2} of {STEPS} steps, and is used as it is" in done.err
 
 
+def test_a_damaged_training_section_of_the_dvae_is_told_in_one_line(dalle, straight, tmp_path):
+    run = begin(straight, tmp_path, "prior")
+    path = run / "dvae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"training": 3}))
+    done = dalle(*prior(run, steps=1))
+    assert done.code == 2
+    assert done.err.startswith("error: ")
+    assert str(path) in done.err
+    assert "\n" not in done.err.strip()
+
+
 def test_verifying_a_resume_writes_nothing_into_the_run(dalle, straight):
     def found():
         return {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
