@@ -159,7 +159,7 @@ class Stage1:
             with torch.device("meta"):
                 counted = DVAE(run.model)
         self.flops_per_picture = 3 * matrix_flops(counted)  # the backward pass takes twice the forward's
-        self.window = CodebookWindow(run.model.vocab_size)
+        self.window = CodebookWindow(run.model.vocab_size, heldout.device)
         self.alarms = 0
 
     def beta(self, step: int) -> float:
@@ -205,9 +205,9 @@ class Stage1:
             mean_posterior=self._mean_posterior if in_parts else None,
         )  # fmt: skip
         self.window.add(codes)
-        counted = {name: torch.tensor(value) for name, value in self.window.metrics().items()}
         schedule = {"tau": torch.tensor(tau), "beta": torch.tensor(beta)}
-        return terms.loss(beta, self.config.usage_weight), {**terms.metrics(), **counted, **schedule}
+        metrics = {**terms.metrics(), **self.window.metrics(), **schedule}
+        return terms.loss(beta, self.config.usage_weight), metrics
 
     def after(self, loss: float) -> None:
         """The schedules of stage 1 do not depend on the loss."""
@@ -220,7 +220,7 @@ class Stage1:
         later (`DVAE.encode`), also where training in bf16 rounds them. The resblocks run as in training.
         """
         sums: dict[str, float] = {}
-        window = CodebookWindow(self.run.model.vocab_size)
+        window = CodebookWindow(self.run.model.vocab_size, self.heldout.device)
         at_once = min(AT_ONCE, self.config.pictures_at_once(topology().world))
         for start in range(0, len(self.heldout), at_once):
             pixels = to_pixels(self.heldout[start : start + at_once])
@@ -242,7 +242,8 @@ class Stage1:
             if start == 0 and topology().main:
                 rows = [to_images(p[:SHOWN]) for p in (pixels, reconstruction(relaxed), reconstruction(hard))]
                 save_png(self.run.folder / "pictures" / f"step-{step:08d}.png", grid(rows))
-        metrics = {f"heldout_{name}": value for name, value in {**sums, **window.metrics()}.items()}
+        sums |= {name: float(value) for name, value in window.metrics().items()}
+        metrics = {f"heldout_{name}": value for name, value in sums.items()}
         say(
             f"dVAE: step {step:,} · held-out {metrics['heldout_bits_per_dim']:.3f} bits/dim "
             f"(reconstruction {metrics['heldout_reconstruction_nats']:,.0f} nats, "
@@ -255,7 +256,7 @@ class Stage1:
         return metrics
 
     def _warn_of_collapse(self) -> None:
-        usage = self.window.metrics()["codebook_usage"]
+        usage = float(self.window.metrics()["codebook_usage"])
         self.alarms = self.alarms + 1 if self.window.full and usage < ALARM else 0
         if self.alarms >= 2:
             warn(

@@ -258,7 +258,7 @@ def choose(
             try:
                 _seconds(layers[name], config.heads, qkv)  # warms up
                 best[name] = float("inf")
-            except RuntimeError as error:
+            except Exception as error:  # compilers fail in many ways
                 reason = str(error).partition("\n")[0]
                 warn(f"attention={name} does not work here: {type(error).__name__}: {reason}")
         for _ in range(TRIES):

@@ -39,10 +39,12 @@ def losses(
     tables = model.code_tables()  # once for all threads
 
     def sums(tokens: Tensor, codes: Tensor, hidden: Tensor | None = None) -> Tensor:
+        # Before the model runs: a GPU's host waits for this, and then has the whole pass to be ahead again.
+        real = (tokens.flatten() >= 0).nonzero()[:, 0]
         text, image = model(tokens, codes, tables, hidden)
-        real, words_head = tokens >= 0, model.text_head
+        states, targets = text[:, :-1].flatten(0, 1)[real], tokens.flatten()[real]
         return torch.stack([
-            cross_entropy(text[:, :-1][real], words_head.weight, words_head.bias, tokens[real]),
+            cross_entropy(states, model.text_head.weight, model.text_head.bias, targets),
             cross_entropy(image.flatten(0, 1), tables.head, model.image_head.bias, codes.flatten()),
         ])[None]  # fmt: skip
 

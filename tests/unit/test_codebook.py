@@ -60,4 +60,4 @@ def test_it_forgets_what_came_before_the_last_ten_per_entry():
 def test_a_batch_larger_than_the_window_replaces_all():
     seen = window(3, [0] * 500, [1] * 30)
     assert seen.metrics() == {"codebook_usage": 1 / 3, "codebook_perplexity": 1.0}
-    assert len(seen.counts) == 1
+    assert len(seen.batches) == 1
