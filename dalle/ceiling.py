@@ -23,15 +23,10 @@ def gemm_rate(device: torch.device, precision: Arithmetic) -> float:
     if device.type == "cpu" and precision == "fp16":
         return gemm_rate(device, "fp32")
     side, threads, dtype = SIDES[device.type], Threads(cores(device)), DTYPES[precision]
-    squares = [
-        (
-            torch.ones(side, side, dtype=dtype, device=device),
-            torch.ones(side, side, dtype=dtype, device=device),
-        )
-        for _ in range(threads.count)
-    ]
+    # Random, because a GPU that is short of power multiplies equal numbers faster.
+    squares = [torch.randn(2, side, side, device=device).to(dtype) for _ in range(threads.count)]
 
-    def multiply(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def multiply(pair: torch.Tensor) -> None:
         pair[0] @ pair[1]
         if device.type == "cuda":
             torch.cuda.synchronize(device)

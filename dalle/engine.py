@@ -128,6 +128,8 @@ class Engine:
         finite = math.isfinite(grad_norm) and not overflowed
         if finite:
             self.dropped = 0
+            if self.compression is not None:
+                self.compression.applied()
             if self.clip is not None and (factor := self.clip / (grad_norm + 1e-6)) < 1:
                 torch._foreach_mul_(gradients, factor)
             self.optimizer.number = step
@@ -250,8 +252,8 @@ class Engine:
         return self.parameters
 
     def _errors(self) -> dict[str, dict[str, Part]]:
-        """The error sums of compressed gradients, so far as this process holds them; one machine has none."""
-        if self.compression is None or self.compression.wire.machines == 1:
+        """The error sums of compressed gradients, so far as this process holds them."""
+        if self.compression is None or not self.compression.sums_matter:
             return {}
         held = self.compression.sums()
         empty = torch.empty(0, dtype=self.compression.dtype)

@@ -82,7 +82,10 @@ def _buffers(model: PriorConfig, n: int, stage: int, cluster: Cluster) -> float:
     if stage == 0:
         largest = model.width * max(4 * model.width, model.text_vocab, model.image_vocab)
         return float(max(BLOCK, 4 * largest))  # gradients are averaged some at a time
-    return 4.0 * (min(n, BUCKET) + min(n, LIVE if stage == 3 else BUCKET))
+    if stage == 3:
+        return 4.0 * (min(n, BUCKET) + min(n, LIVE))
+    # Two for gradients, which take turns and have one size for every model, and one for weights.
+    return 4.0 * (2 * BUCKET + min(n, BUCKET))
 
 
 def paper_memory(model: PriorConfig, batch: int, shards: int) -> Memory:

@@ -144,9 +144,10 @@ class _Team:
         return f"error: process {rank} of {len(self.members)}: {shown.removeprefix('error: ')}"
 
     def _killed(self, rank: int, number: int) -> str:
+        hint = "a machine out of memory does that; " if number == signal.SIGKILL else ""
         return (
             f"error: process {rank} of {len(self.members)} was killed ({signal.Signals(number).name}), which "
-            "ends the run; a machine out of memory does that; the same command goes on from the last save"
+            f"ends the run; {hint}the same command goes on from the last save"
         )
 
 

@@ -16,7 +16,7 @@ from dalle.builtin import find_run
 from dalle.checkpoint import fingerprint, read_json
 from dalle.errors import CheckpointError, ConfigError, DataError
 from dalle.pictures import to_images
-from dalle.precision import Precision, best_device, choose
+from dalle.precision import Precision, best_device, choose, set_up
 from dalle.text import Tokenizer, fit
 from stage1_dvae.model import DVAE
 from stage2_prior.codes import Codes
@@ -85,7 +85,7 @@ class TextToImage:
             CheckpointError: a stage is missing or damaged, or the prior was trained on another dVAE or
                 tokenizer.
         """
-        run, device = find_run(Path(run)), torch.device(device) if device else best_device()
+        run, device = find_run(Path(run)), set_up(torch.device(device)) if device else best_device()
         for stage, command in (("dvae", "train-dvae"), ("prior", "train-prior")):
             if not (run / stage / "weights.safetensors").is_file():
                 raise CheckpointError(

@@ -127,6 +127,7 @@ class PowerSGD:
         self.within, self.wire = within, Wire(between)
         self.matrices, self.rank, self.packed = dict(matrices), rank, factors == "16bit"
         self.start, self.sample, self.seed, self.feedback = start, sample, seed, feedback
+        self.owes = False  # has a single machine something to add that a run on several left unsent?
         self.lost = 0  # samples in a row in which a plain mean was faster
         self._matrices: dict[str, list[Matrix]] = {}  # of each parameter's share
         self._errors: dict[Matrix, Tensor] = {}  # E, as they are held
@@ -167,8 +168,8 @@ class PowerSGD:
         - Where P or Q is not finite, each machine keeps its error sum, unless that itself is not finite: only
           then it begins again at zero. To zero them more often hurts, says the paper.
 
-        A single machine has nothing to compress: it adds what a run on several has left unsent, and gives no
-        receipt.
+        A single machine has nothing to compress: it adds what a run on several has left unsent, until it is
+        told that the update was made (`applied`), and gives no receipt.
 
         Source: paper, App. E.2.
         """
@@ -195,6 +196,17 @@ class PowerSGD:
         receipt = Receipt(norm, self.wire.bytes, plain_bytes, self._seconds, plain_seconds, cosine)
         self._number, self._seconds, self.wire.bytes = step + 1, 0.0, 0
         return receipt
+
+    def applied(self) -> None:
+        """The update was made, not dropped."""
+        if self.wire.machines == 1:
+            self._errors.clear()
+            self.owes = False
+
+    @property
+    def sums_matter(self) -> bool:
+        """Are there error sums to save? The same in all processes, whatever each holds."""
+        return self.wire.machines > 1 or self.owes
 
     def formula(self, pieces: Sequence[Piece]) -> int:
         """Bytes that an update hands over once it compresses: r·(rows + columns) numbers for each matrix."""
@@ -240,6 +252,7 @@ class PowerSGD:
             machines: how many there were; the mean over the machines is what has not been sent, so the parts
                 stay the same where there are others now.
         """
+        self.owes = self.wire.machines == 1
         for matrix in self._plan(name, shape, offset, numel):
             sums = saved.flatten()[matrix.offset :][: matrix.numel]
             sums = SIGNED.unpack(sums) if sums.dtype == torch.uint16 else sums
@@ -318,7 +331,7 @@ class PowerSGD:
     def _add_the_rest(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
             for matrix in self._of(piece):
-                if (error := self._errors.pop(matrix, None)) is not None:
+                if (error := self._errors.get(matrix)) is not None:
                     own = piece.grad.view(-1)[matrix.begin : matrix.end]
                     own += self._seen(error.to(own.device))
 

@@ -15,15 +15,26 @@ from dalle.threads import using
 
 Arithmetic = Literal["fp32", "bf16", "fp16"]  # of matrix products; weights are fp32 in each
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+SOUND_CUDNN = 92600  # the first version whose attention is right at every length
 DTYPES: dict[Arithmetic, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def best_device() -> torch.device:
-    """CUDA where there is one, with convolutions in fp32 where they would take TF32 for it; or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.backends.cudnn.allow_tf32 = False
-    return torch.device("cuda")
+    """CUDA where there is one, set up; or the CPU."""
+    return set_up(torch.device("cuda")) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def set_up(device: torch.device) -> torch.device:
+    """The same device; on CUDA with convolutions in fp32 where they would take TF32 for it.
+
+    And without cuDNN's attention where it reads beyond its memory (pytorch#169849) or gives NaN for gradients
+    under a mask (pytorch#196678); there are other kernels.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+        if (torch.backends.cudnn.version() or 0) < SOUND_CUDNN:
+            torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
 
 
 def choose(precision: Precision, device: torch.device) -> Arithmetic:

@@ -20,7 +20,8 @@ from dalle.precision import best_device
 from dalle.states import state_folders
 from dalle.training import CHANGEABLE, Training
 
-HORIZONS = ("warmup", "lr_steps", "beta_steps", "tau_steps", "patience")  # spans within `steps`
+# Spans within `steps`. Not `patience`: over few updates a batch's noise would pass for a loss at a stand.
+HORIZONS = ("warmup", "lr_steps", "beta_steps", "tau_steps")
 
 
 @dataclass(frozen=True)

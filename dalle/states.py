@@ -283,6 +283,7 @@ def write_state(
     """
     target = folder / f"step-{step:08d}"
     partial = folder / f"step-{step:08d}.partial"
+    published = False
     try:
         if topology.main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -297,6 +298,7 @@ def write_state(
             # The weights first: were the state there without them, a finished run would never write them.
             with replacing(weights) as copy:
                 shutil.copyfile(partial / "average.safetensors", copy)
+            published = True
         described = {"step": step, **values}
         hashes[STATE] = _sha256_of(described)
         text = json.dumps({"format": FORMAT, "sha256": hashes, **described}, indent=2)
@@ -308,6 +310,9 @@ def write_state(
         sync(folder)
     except (OSError, CheckpointError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if published and not state_folders(folder):
+            with suppress(OSError):  # tells these weights from those of a finished model (`runs.begun`)
+                partial.mkdir()
         if isinstance(error, OSError):
             raise unwritable(target, error) from error
         raise

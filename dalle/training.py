@@ -339,6 +339,8 @@ def _owes_an_evaluation(session: Session, step: int) -> bool:
 def _evaluate(session: Session, step: int, log: MetricsLog | None) -> None:
     with session.engine.averaged():
         measured = session.engine.run(session.task.evaluate, step)
+        # Process 0 alone draws; on GPUs the others' next exchange would wait ten minutes for it and give up.
+        session.topology.barrier()
     if log:
         log.write(step, measured)
 

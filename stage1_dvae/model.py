@@ -69,7 +69,9 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
-        return checkpoint(self._sum, x, use_reentrant=False) if self.recompute else self._sum(x)
+        if not self.recompute:
+            return self._sum(x)
+        return checkpoint(self._sum, x, use_reentrant=False, preserve_rng_state=False)
 
     def _sum(self, x: Tensor) -> Tensor:
         y = x

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dalle.errors import ConfigError
+from dalle.errors import ConfigError, DataError
 from stage1_dvae.config import DVAEConfig
 from stage1_dvae.likelihood import EPSILON, map_pixels
 from stage1_dvae.model import DVAE
@@ -41,6 +41,7 @@ def start_from_patches(model: DVAE, pixels: Float[Tensor, "b 3 h w"], seed: int)
 
     Raises:
         ConfigError: a geometry in which the first and the last layer do not see the same patches.
+        DataError: all pixels have one colour.
     """
     config = model.config
     if config.groups != 1 or config.codebook_width != config.hidden or config.hidden % 2:
@@ -52,6 +53,11 @@ def start_from_patches(model: DVAE, pixels: Float[Tensor, "b 3 h w"], seed: int)
     generator = torch.Generator().manual_seed(seed)
     patches = _patches(map_pixels(pixels), config.patch)
     patches, weights = _distinct(patches, SAMPLES * config.vocab_size, generator)
+    if len(patches) < 2:
+        raise DataError(
+            f"start=patches needs pictures that show something, but all {len(pixels):,} looked at have one "
+            "flat colour: give others"
+        )
     centres = k_means(patches, weights, config.vocab_size, generator)
 
     half = config.hidden // 2

@@ -258,6 +258,8 @@ def choose(
             try:
                 _seconds(layers[name], config.heads, qkv)  # warms up
                 best[name] = float("inf")
+            except torch.AcceleratorError:
+                raise  # the GPU's state is lost, and whatever is tried next would fail for it
             except Exception as error:  # compilers fail in many ways
                 reason = str(error).partition("\n")[0]
                 warn(f"attention={name} does not work here: {type(error).__name__}: {reason}")

@@ -63,7 +63,7 @@ class Layer(nn.Module):
         """With `recompute` each resblock keeps its input alone for the backward pass."""
         for resblock in ((self.attention_norm, self.attention), (self.mlp_norm, self.mlp)):
             if recompute:
-                x = checkpoint(residual, x, *resblock, use_reentrant=False)
+                x = checkpoint(residual, x, *resblock, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = residual(x, *resblock)
         return x

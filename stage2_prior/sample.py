@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -58,13 +59,14 @@ def noise(seed: int, pictures: range, cells: int) -> Float[Tensor, "n cells"]:
 
 def choose(logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"], how: Sampling) -> Int[Tensor, " b"]:
     """Draw a code from each row: the one in whose share of [0, 1) the row's uniform number falls."""
-    if how.temperature < COLD:
+    if how.temperature < COLD or how.top_k == 1:
         return logits.argmax(-1)
     if how.temperature != 1:
         logits = logits / how.temperature
     if how.top_k is not None and how.top_k < logits.shape[-1]:
-        least = logits.topk(how.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        # By place, not by value: of coarse logits several may be equal to the least of the k.
+        kept = logits.topk(how.top_k, dim=-1).indices
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
     p = torch.softmax(logits, -1)
     if how.top_p is not None and how.top_p < 1:
         p = p.masked_fill(p < _least(p, how.top_p), 0.0)
@@ -76,7 +78,10 @@ def choose(logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"], how: Samp
 
 
 def _least(p: Float[Tensor, "b v"], together: float) -> Float[Tensor, "b 1"]:
-    """Of each row's most probable codes that together reach `together`, the probability of the last."""
+    """Of each row's most probable codes that together reach `together`, the probability of the last.
+
+    Codes that are as probable as that one stay as well: none of them comes first.
+    """
     # numpy sorts 25 times as fast, since it leaves out the places
     ordered = p.sort(-1).values if p.is_cuda else torch.from_numpy(np.sort(p.numpy(), -1))
     sums = ordered.cumsum(-1)
@@ -144,7 +149,7 @@ def _recorded(
     It runs a few times first, as recording demands, and `start_over` undoes that.
     """
     with torch.cuda.device(device):  # on any other one nothing would be recorded
-        beside = torch.cuda.Stream()
+        beside = _stream(device)
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             for _ in range(3):
@@ -152,7 +157,13 @@ def _recorded(
                 step()
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=beside):
+        with torch.cuda.graph(graph, stream=beside, capture_error_mode="thread_local"):  # others may work
             step()
     start_over()
     return graph.replay
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The one on which all drawings are recorded: cuBLAS keeps memory for each stream that it met."""
+    return torch.cuda.Stream(device)

@@ -275,7 +275,9 @@ class Stage2:
         self.config: PriorTraining = run.training
         self.tokens_per_picture = run.model.length
         self.flops_per_picture = 3 * matrix_flops(run.model)  # the backward pass takes twice the forward's
-        self.threads = Threads(cores(model.start_of_text.device))
+        # Gradients of weights in fp16 are gathered beside autograd, which two threads must not do at a time.
+        halved = self.config.weights == "fp16"
+        self.threads = Threads(1 if halved else cores(model.start_of_text.device))
         self.plateau = Plateau(self.config.patience)
         self.heldout_tokens = heldout[1]
         # Captions cut to the text slots since the start, counted where batches lie; and all captions.

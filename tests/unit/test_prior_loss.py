@@ -13,7 +13,7 @@ from dalle.precision import arithmetic
 from dalle.runs import Plan
 from dalle.scenes.source import Scenes
 from dalle.text import fit
-from dalle.threads import Threads
+from dalle.threads import Threads, using
 from stage2_prior import loss
 from stage2_prior.config import PRESETS, PriorTraining
 from stage2_prior.loss import losses
@@ -157,7 +157,7 @@ def test_gradients_in_16_bits_are_those_of_fp32_but_for_rounding(precision, limi
 
 
 def stage(tmp_path, model, precision="fp32", **settings) -> Stage2:
-    training = PriorTraining(**settings)
+    training = PriorTraining(precision=precision, **settings)
     plan = Plan(tmp_path, "tiny", "scenes", model.config, training, resumed=False)
     grid = model.config.grid
     dvae = Codes(
@@ -167,6 +167,13 @@ def stage(tmp_path, model, precision="fp32", **settings) -> Stage2:
     heldout = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     tokens = torch.from_numpy(fit(words.encode("red"), model.config.text_length - 1)[0]).repeat(2, 1)
     return Stage2(model, plan, dvae, words, (heldout, tokens), ["red"], precision)
+
+
+@pytest.mark.parametrize(("weights", "threads"), [("fp32", 2), ("fp16", 1)])
+def test_gradients_that_are_gathered_beside_autograd_come_from_one_thread(weights, threads, tmp_path):
+    with using(2):
+        task = stage(tmp_path, tiny.prior(text_vocab=280), "fp16", moments="16bit", weights=weights)
+    assert task.threads.count == threads
 
 
 def test_the_text_counts_one_eighth_and_the_picture_seven(tmp_path):

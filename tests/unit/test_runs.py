@@ -2,12 +2,19 @@
 
 import dataclasses
 import json
+import shutil
+from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
 
+from dalle import states
 from dalle.checkpoint import write_json
+from dalle.distributed import Part
 from dalle.errors import CheckpointError, ConfigError
 from dalle.runs import HORIZONS, Options, Plan, plan
+from dalle.states import write_state
 from dalle.training import CHANGEABLE
 from stage1_dvae.config import PRESETS as DVAE_PRESETS
 from stage1_dvae.config import DVAEConfig, DVAETraining
@@ -114,7 +121,7 @@ def test_every_span_of_steps_in_the_presets_is_a_horizon():
                 f.name for f in dataclasses.fields(training) if "updates over which" in f.metadata["doc"]
             }
             assert spans <= set(HORIZONS)
-    assert {"patience", "warmup"} <= set(HORIZONS)
+    assert "warmup" in HORIZONS
 
 
 def test_steps_of_zero_leave_horizons_of_zero(tmp_path):
@@ -213,6 +220,31 @@ def test_a_run_that_ended_within_its_first_save_starts_anew(started):
     (started / "dvae" / "weights.safetensors").touch()
     (started / "dvae" / "state" / "step-00000100.partial").mkdir(parents=True)
     assert not resolve(started, "batch_size=8").resumed
+
+
+@pytest.mark.parametrize("failing", ["write_text", "sync"])
+def test_a_run_whose_disk_filled_within_its_first_save_starts_anew(failing, started, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    owner = {"write_text": Path, "sync": states}[failing]
+    weights = {"w": Part((3,), 0, torch.ones(3))}
+    folder = started / "dvae"
+    save = partial(write_state, folder / "state", 100, {"average": weights}, {}, 2)
+    with monkeypatch.context() as patched:
+        copy = shutil.copyfile
+
+        def copied(*paths):
+            copy(*paths)
+            patched.setattr(owner, failing, full)
+
+        patched.setattr(shutil, "copyfile", copied)
+        with pytest.raises(CheckpointError, match="No space left"):
+            save(weights=folder / "weights.safetensors")
+    assert not resolve(started).resumed
+    save(weights=folder / "weights.safetensors")
+    assert resolve(started).resumed
+    assert not list((folder / "state").glob("*.partial"))
 
 
 def test_a_run_that_saved_nothing_starts_anew(started):

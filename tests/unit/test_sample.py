@@ -132,6 +132,14 @@ def test_frequencies_follow_the_softmax():
         torch.testing.assert_close(shares, torch.softmax(logits / temperature, -1), rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_of_equal_logits_no_more_than_k_are_kept(k):
+    logits = torch.tensor([[1.0, 3, 3, 3, 3, 3, 0, 2]]).expand(1000, -1)
+    drawn = choose(logits, (torch.arange(1000) + 0.5) / 1000, Sampling(top_k=k))
+    assert len(set(drawn.tolist())) == k
+    assert set(drawn.tolist()) <= {1, 2, 3, 4, 5}
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-38, 1e-9, 2e-6])
 def test_temperatures_near_zero_take_the_likeliest_whatever_the_noise(temperature):
     assert {chosen(u, temperature=temperature) for u in np.linspace(0, 1, 101)} == {1}

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle.errors import ConfigError
+from dalle.errors import ConfigError, DataError
 from stage1_dvae.config import DVAEConfig
 from stage1_dvae.likelihood import map_pixels
 from stage1_dvae.model import DVAE
@@ -63,6 +63,11 @@ def test_fewer_different_patches_than_codes_are_no_error():
     model = started(flat)
     assert all(p.isfinite().all() for p in model.parameters())
     torch.testing.assert_close(model.decode(model.encode(flat)), flat, atol=5e-3, rtol=0)
+
+
+def test_pictures_of_one_flat_colour_are_refused():
+    with pytest.raises(DataError, match="all 20 looked at have one flat colour: give others"):
+        started(torch.full((20, 3, 8, 8), 0.7))
 
 
 def test_the_same_seed_gives_the_same_weights():
