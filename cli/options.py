@@ -231,7 +231,7 @@ Rank = Annotated[
     typer.Option(
         min=0,
         help="Total rank that gradients are compressed to between machines; 0: sent in full. By default the "
-        "setting compression_rank, or else the paper's rule.",
+        "setting compression_rank.",
         show_default=False,
     ),
 ]  # fmt: skip

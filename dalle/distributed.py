@@ -195,14 +195,12 @@ def joined(asked: int | None = None) -> Iterator[Topology]:
         yield _current
         return
     die_with_parent()
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed asks for it, Slurm does not set it
+    refuse_stale_addresses()
     cuda = torch.cuda.is_available()
+    gpu = gpu_of(local_rank, local_world, torch.cuda.device_count()) if cuda else local_rank
+    os.environ.setdefault("LOCAL_RANK", str(gpu))  # DeepSpeed asks for it, Slurm does not set it
     if cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"{local_world} processes on a machine of {torch.cuda.device_count()} GPUs: start as many"
-            )
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(gpu)
     if STORE in os.environ:
         where = f"file://{os.environ[STORE]}"
     else:
@@ -214,7 +212,7 @@ def joined(asked: int | None = None) -> Iterator[Topology]:
     )
     cpu = dist.new_group(backend="gloo", timeout=PATIENCE)
     console.quiet = rank > 0
-    _current = _with_machines(Topology(rank, world, local_rank, local_world, cpu))
+    _current = with_machines(Topology(rank, world, local_rank, local_world, cpu))
     yield _current
     # Reached only without an error: then all leave together. One that fails just ends (`cli.main`).
     del cpu
@@ -225,9 +223,49 @@ def joined(asked: int | None = None) -> Iterator[Topology]:
     dist.destroy_process_group()
 
 
-def _with_machines(here: Topology) -> Topology:
-    """The groups of and between machines, where all run equally many processes, one machine after another."""
-    if here.machines < 2 or here.world % here.local_world:
+def gpu_of(local_rank: int, local_world: int, gpus: int, environ: Mapping[str, str] = os.environ) -> int:
+    """The GPU of a process that sees so many.
+
+    Raises:
+        ConfigError: there are fewer than processes.
+    """
+    if gpus == 1 and "RANK" not in environ:  # Slurm may show each task its own one alone
+        return 0
+    if local_rank >= gpus:
+        raise ConfigError(f"{local_world} processes on a machine of {gpus} GPUs: start as many")
+    return local_rank
+
+
+def refuse_stale_addresses(environ: Mapping[str, str] = os.environ) -> None:
+    """Raises `ConfigError` where torchrun has started these processes again beside its old store.
+
+    In it they would find the addresses of those that ended, and wait for them.
+    """
+    again = environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if again and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ConfigError(
+            "torchrun has started these processes again, for which its environment needs "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: set it, or leave --max-restarts out; "
+            "the same command goes on from the last save"
+        )
+
+
+def with_machines(here: Topology) -> Topology:
+    """The groups of and between machines, agreed on by all; none where machines run unequally many processes.
+
+    Raises:
+        ConfigError: the processes' numbers do not go machine by machine.
+    """
+    told = torch.zeros(here.world, 2, dtype=torch.long)
+    told[here.rank] = torch.tensor([here.local_world, here.local_rank])
+    sizes, numbers = here.sum(told).t().tolist()
+    if len(set(sizes)) > 1 or here.world % here.local_world:
+        return replace(here, local_world=1)
+    if numbers != [rank % here.local_world for rank in range(here.world)]:
+        raise ConfigError(
+            "the processes must be numbered machine by machine: start them with srun --distribution=block"
+        )
+    if here.machines < 2:
         return here
     ranks = torch.arange(here.world).view(here.machines, here.local_world)
     within = [dist.new_group(machine) for machine in ranks.tolist()]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dalle.cluster import Choice, Cluster
-from dalle.config import keys, override
+from dalle.config import override
 from dalle.config import preset as named_preset
 from dalle.errors import ConfigError
 from dalle.forecast import Cost, Memory, Traffic, cost, memory, paper_memory, traffic
@@ -53,8 +53,10 @@ def cheaper(
     shallower = [(f"--set depth={n}", replace(model, depth=n)) for n in range(model.depth, 0, -1)]
     for smaller in (narrower, shallower):
         if len(told) < 3 and (fits := _first(smaller, small, cluster, precision)):
-            more = small.options(choice)
-            told.append((f"{fits[0]} {more}" if more else fits[0], fits[1]))
+            shrunk = "" if fits[0] == smaller[0][0] else fits[0]
+            change = f"{shrunk} {small.options(choice)}".strip()
+            if change not in (each for each, _ in told):
+                told.append((change, fits[1]))
     return told
 
 
@@ -83,8 +85,12 @@ def _changes(choice: Choice, cluster: Cluster) -> Iterator[Choice]:
     batches = [b for b in range(1, choice.micro_batch + 1) if choice.micro_batch % b == 0]
     offload = {choice.offload, cluster.gpus > 1}
     ranks = {choice.rank, 0} if cluster.machines > 1 else {choice.rank}
-    for each in itertools.product(stages, moments, recompute, batches, offload, ranks):
-        other = Choice(*each, muon=choice.muon, weights=choice.weights)
+    for stage, kind, again, batch, off, rank in itertools.product(
+        stages, moments, recompute, batches, offload, ranks
+    ):
+        other = replace(
+            choice, stage=stage, moments=kind, recompute=again, micro_batch=batch, offload=off, rank=rank
+        )
         if other != choice and not (other.offload and (other.rank or other.muon)):  # see `wiring.make_engine`
             yield other
 
@@ -155,9 +161,7 @@ def make_plan(
         )
     if training.precision != "auto":
         precision = training.precision
-    if rank is None:
-        asked = "compression_rank" in keys(settings)
-        rank = training.compression_rank if asked else paper_rank(model.width)
+    rank = training.compression_rank if rank is None else rank
     halved = training.weights == "fp16"
     if halved and zero and cluster.gpus > 1:
         raise ConfigError(

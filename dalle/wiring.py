@@ -73,8 +73,8 @@ def shards(config: Training) -> Topology:
         return here
     if here.between is None:
         raise ConfigError(
-            f"compression_rank needs as many processes on each machine: {here.world} in all are no multiple "
-            f"of {here.local_world}; set compression_rank=0"
+            f"compression_rank needs as many processes on each machine, and these {here.world} are spread "
+            "otherwise: set compression_rank=0"
         )
     return replace(here, shards=here.within)
 

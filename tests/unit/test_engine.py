@@ -9,6 +9,7 @@ from torch import nn
 from dalle.engine import PATIENCE, Engine
 from dalle.errors import DalleError
 from dalle.optim import AdamW, Average
+from dalle.powersgd import PowerSGD
 from tests import tiny
 
 
@@ -72,6 +73,24 @@ def test_the_gradients_norm_is_clipped_and_reported_as_it_was(clip, norm):
     pull(clipped, scale=3.0)
     assert clipped.update(1e-2, 1)["grad_norm"] == pytest.approx(3 * math.sqrt(22))
     assert seen == [pytest.approx(norm, rel=1e-5)]
+
+
+def test_what_several_machines_left_unsent_is_kept_until_an_update_is_made():
+    plain, owing = engine(), engine()
+    owing.compression = PowerSGD(None, matrices={"0.weight": 1}, rank=1, factors="fp32")
+    left = torch.arange(15.0).view(3, 5)
+    owing.compression.load("0.weight", (3, 5), 0, 15, left, machines=2)
+    pull(owing, scale=math.inf)
+    owing.update(1e-2, 1)
+    assert torch.equal(owing.state()["errors"]["0.weight"].values.view(3, 5), left / 2)
+    for each in (plain, owing):
+        pull(each)
+    plain.named["0.weight"].grad += left / 2
+    norms = [each.update(1e-2, 2)["grad_norm"] for each in (plain, owing)]
+    assert norms[0] == pytest.approx(norms[1])
+    assert "errors" not in owing.state()
+    for a, b in zip(plain.parameters, owing.parameters, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_step_size_is_that_of_the_update():

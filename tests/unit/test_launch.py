@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from cli.main import train_prior
-from dalle.distributed import place
+from dalle.distributed import Topology, gpu_of, place, refuse_stale_addresses, with_machines
 from dalle.errors import CheckpointError, ConfigError
 from dalle.launch import LOST, _gpus_of, launch, launched
 
@@ -193,6 +194,44 @@ def test_alone_nothing_is_launched():
 def test_a_place_that_is_not_told_is_asked_for(missing):
     with pytest.raises(ConfigError, match=f"none of {missing}, SLURM"):
         place({name: value for name, value in TORCHRUN.items() if name != missing})
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "gpus", "environ", "gpu"),
+    [(1, 2, TORCHRUN, 1), (1, 2, SLURM, 1), (1, 1, SLURM, 0), (0, 1, TORCHRUN, 0), (1, 8, DEEPSPEED, 1)],
+)
+def test_a_process_takes_the_gpu_of_its_number_or_the_one_that_slurm_shows_it(local_rank, gpus, environ, gpu):
+    assert gpu_of(local_rank, 2, gpus, environ) == gpu
+
+
+def test_more_processes_than_gpus_are_refused():
+    with pytest.raises(ConfigError, match="2 processes on a machine of 1 GPUs: start as many"):
+        gpu_of(1, 2, 1, TORCHRUN)
+    with pytest.raises(ConfigError, match="4 processes on a machine of 2 GPUs: start as many"):
+        gpu_of(3, 4, 2, SLURM)
+
+
+def test_a_group_that_torchrun_started_again_beside_its_old_store_is_refused():
+    again = {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with pytest.raises(ConfigError, match="set it, or leave --max-restarts out"):
+        refuse_stale_addresses(again)
+    for fine in ("TORCHELASTIC_RESTART_COUNT", "0"), ("TORCHELASTIC_USE_AGENT_STORE", "False"):
+        refuse_stale_addresses(again | dict([fine]))
+    refuse_stale_addresses({})
+
+
+@pytest.mark.parametrize("sizes", [[2, 2, 1], [2, 2, 2]])
+def test_machines_of_unequally_many_processes_have_no_groups(sizes, monkeypatch):
+    monkeypatch.setattr(Topology, "sum", lambda *_: torch.tensor([sizes, [0, 1, 0]]).t())
+    for rank, size in enumerate(sizes):
+        here = with_machines(Topology(rank, 3, rank % 2, size))
+        assert (here.machines, here.within, here.between) == (3, None, None)
+
+
+def test_processes_that_are_not_numbered_machine_by_machine_are_refused(monkeypatch):
+    monkeypatch.setattr(Topology, "sum", lambda *_: torch.tensor([[2, 2, 2, 2], [0, 0, 1, 1]]).t())
+    with pytest.raises(ConfigError, match="start them with srun --distribution=block"):
+        with_machines(Topology(0, 4, 0, 2))
 
 
 def test_a_process_has_its_gpu_before_anything_is_put_onto_one(monkeypatch):

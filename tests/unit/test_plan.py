@@ -191,6 +191,28 @@ def test_what_is_offered_instead_fits():
     assert len({change for change, _ in offered}) == 3
 
 
+@pytest.mark.parametrize("factor_bytes", [2, 4])
+def test_every_offer_changes_something_and_needs_what_it_says(factor_bytes):
+    model = replace(PRESETS["small"][0], grid=8)
+    cluster = replace(V100S, gpus=16, memory=0.9e9)
+    choice = Choice(1, "fp32", False, 4, rank=64, factor_bytes=factor_bytes)
+    assert memory(model, choice, cluster, "fp32").total > cluster.memory
+    offered = cheaper(model, choice, cluster, "fp32")
+    assert offered
+    for change, needed in offered:
+        assert change
+        assert f"width={model.width} " not in change
+        assert not change.startswith(f"--set depth={model.depth}")
+        assert needed.total <= cluster.memory
+
+
+def test_compression_is_planned_where_training_would_compress():
+    made = make_plan("small", replace(V100S, gpus=16, memory=1e12))
+    assert made.choice.rank == made.training.compression_rank == 0
+    asked = make_plan("small", replace(V100S, gpus=16, memory=1e12), rank=32)
+    assert asked.choice.rank == 32
+
+
 def test_a_plan_for_machines_is_whole():
     told = facts(make_plan("tiny", ONE, precision="fp32"))
     assert told["fits"]
