@@ -191,18 +191,19 @@ def test_what_is_offered_instead_fits():
     assert len({change for change, _ in offered}) == 3
 
 
-@pytest.mark.parametrize("factor_bytes", [2, 4])
-def test_every_offer_changes_something_and_needs_what_it_says(factor_bytes):
-    model = replace(PRESETS["small"][0], grid=8)
-    cluster = replace(V100S, gpus=16, memory=0.9e9)
-    choice = Choice(1, "fp32", False, 4, rank=64, factor_bytes=factor_bytes)
-    assert memory(model, choice, cluster, "fp32").total > cluster.memory
+@pytest.mark.parametrize("share", [0.5, -2.0])
+def test_every_offer_changes_something_and_fits(share):
+    """Of GPUs that hold the choice with factors in 16 bits, but not in 32, and of smaller ones."""
+    model, cluster = replace(PRESETS["small"][0], grid=8), replace(V100S, gpus=16)
+    choice = Choice(1, "fp32", False, 4, rank=512, factor_bytes=4)
+    plain, packed = (memory(model, replace(choice, factor_bytes=n), cluster, "fp32").total for n in (4, 2))
+    cluster = replace(cluster, memory=packed + share * (plain - packed))
     offered = cheaper(model, choice, cluster, "fp32")
     assert offered
     for change, needed in offered:
         assert change
         assert f"width={model.width} " not in change
-        assert not change.startswith(f"--set depth={model.depth}")
+        assert f"depth={model.depth}" not in change.split()
         assert needed.total <= cluster.memory
 
 
