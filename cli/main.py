@@ -5,6 +5,7 @@ import signal
 import sys
 from json import dumps
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -58,7 +59,7 @@ def evaluate(
     from stage2_prior.sample import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, guidance)
-    command = f"dalle evaluate --run {run} --prompts {prompts} --seed {seed}"
+    command = f"dalle evaluate --run {quote(str(run))} --prompts {prompts} --seed {seed}"
     for option, value in (("top-k", top_k), ("top-p", top_p), ("guidance", guidance)):
         command += f" --{option} {value}" if value is not None else ""
     command += f" --temperature {temperature}" if temperature != 1 else ""

@@ -214,7 +214,7 @@ def joined(asked: int | None = None) -> Iterator[Topology]:
     console.quiet = rank > 0
     _current = with_machines(Topology(rank, world, local_rank, local_world, cpu))
     yield _current
-    # Reached only without an error: then all leave together. One that fails just ends (`cli.main`).
+    # Reached only without an error: then all leave together. One that fails just ends (`cli.ending`).
     del cpu
     here, _current = _current, ALONE
     here.barrier()

@@ -3,7 +3,7 @@
 For a few rows a product takes as long as reading its weights. Which layout is read fastest depends on the
 machine, the shape and the rows, so it is tried; the candidates of one kind of weights are the same numbers
 and differ in the order of their sums alone. Their modules keep to what TorchScript compiles (see
-`stage2_prior.decode.Step`).
+`stage2_prior.step.Step`).
 """
 
 import time
@@ -24,7 +24,7 @@ from dalle.errors import ConfigError
 #         are bf16
 # int4    rounded to 4 bits, with a scale and an offset for every 32 inputs of an output; otherwise like int8
 # auto    on a GPU bf16 where it computes in it; on a CPU fp16 where no weight changes by it, otherwise fp32:
-#         what is drawn then depends neither on a trial nor on how many pictures are drawn together
+#         their forms differ by the order of sums in fp32 alone, which has changed no picture so far
 Weights = Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"]
 ROUNDED = ("bf16", "int8", "int4")  # anew for drawing, whatever was saved; their inputs are in bf16
 Form = Callable[[Tensor, Tensor, int], nn.Module]  # of weight and bias, for so many rows

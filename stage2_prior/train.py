@@ -320,7 +320,7 @@ class Stage2:
         return self.weighted(text, image), self.metrics(text.detach(), image.detach())
 
     def weighted(self, text: Tensor, image: Tensor) -> Tensor:
-        """An eighth of the text loss and seven of the image loss."""
+        """`text_weight` of the text loss, in the paper an eighth, and the rest of the image loss."""
         return self.config.text_weight * text + (1 - self.config.text_weight) * image
 
     def metrics(self, text: Tensor, image: Tensor) -> dict[str, Tensor]:
