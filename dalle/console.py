@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -12,7 +13,23 @@ from rich.text import Text
 
 
 class Patient(Console):
-    """Falls silent once nobody listens any more, where rich would end the command."""
+    """Falls silent once nobody listens any more or the disk is full, where rich would end the command."""
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        """See `Console.print`."""
+        with self._patience():
+            super().print(*objects, **how)
+
+    def __exit__(self, *error: Any) -> None:
+        with self._patience():
+            super().__exit__(*error)
+
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         """Let go of the pipe, too: what it did not take would be an error at the command's end."""
@@ -111,7 +128,7 @@ class Bar:
         self.progress.stop()
 
     def expect(self, total: int) -> None:
-        """There will be so many."""
+        """Change the expected total."""
         self.total = total
         self.progress.update(self.task, total=total)
 

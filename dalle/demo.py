@@ -10,7 +10,8 @@ from dalle.errors import ConfigError
 from dalle.pipeline import codes_of
 from dalle.report import judge_and_report
 from dalle.runs import Options, begun
-from dalle.states import state_folders
+from dalle.states import newest_step
+from dalle.training import REFIT
 from stage1_dvae.train import train as train_dvae
 from stage2_prior.train import train as train_prior
 
@@ -62,8 +63,10 @@ def _same_demo(path: Path, minutes: float) -> None:
 
 def _options(run: Path, stage: str, minutes: float) -> Options:
     """What to tell the training command: to end in time, unless the stage has saved how far it is to go."""
-    if state_folders(run / stage / "state"):
-        return Options(run)
+    if made := newest_step(run / stage / "state"):
+        steps = read_json(run / stage / "config.json").get("training", {}).get("steps", 0)
+        fitted = made >= min(REFIT, steps)  # else the number of steps is still the preset's guess
+        return Options(run, minutes=None if fitted else minutes)
     every = EVALUATIONS[stage]
     settings = (f"eval_every={every}", f"save_every={every}")
     return Options(run, DATA, PRESET, settings=settings, minutes=max(minutes, 1 / 60))

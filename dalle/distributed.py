@@ -80,7 +80,7 @@ class Topology:
         return dict(zip(values, total.tolist(), strict=True))
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds for anybody."""
+        """True if `flag` is set on any process."""
         return bool(self.sum(torch.tensor(int(flag))))
 
     def share(self, value: Any, source: int = 0) -> Any:

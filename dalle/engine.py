@@ -82,7 +82,7 @@ class Engine:
         return arithmetic(self.precision, self.device)
 
     def run(self, function: Callable[..., R], *arguments: object) -> R:
-        """Call a function that runs the model. All processes do, one as often as the other."""
+        """Call a function that runs the model. Every process must call it equally often."""
         with self.arithmetic():
             return function(*arguments)
 

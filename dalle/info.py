@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from dalle.checkpoint import fingerprint, read_json
 from dalle.errors import CheckpointError
 from dalle.metrics import read_metrics
-from dalle.states import state_folders
+from dalle.states import newest_step, state_folders
 
 SHOWN = (
     "loss",
@@ -47,13 +47,15 @@ def _facts(folder: Path) -> dict[str, Any]:
     latest: dict[str, Any] = {}
     for line in read_metrics(folder):
         latest |= line
+    states = state_folders(folder / "state")
+    logged = latest.get("step", of) if weights.is_file() else 0  # an exported one has no metrics
     facts = {
         "preset": config.get("preset"),
         "data": config.get("data"),
         "model": config["model"],
-        "steps": latest.get("step", of if weights.is_file() else 0),  # an exported one has no metrics
+        "steps": newest_step(folder / "state") if states else logged,  # those that are saved
         "of": of,
-        "states": [path.name for path in state_folders(folder / "state")],
+        "states": [path.name for path in states],
         "metrics": {name: latest[name] for name in SHOWN if name in latest},
     }
     if "log2_scales" in latest:

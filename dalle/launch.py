@@ -30,6 +30,12 @@ def launched(environ: Mapping[str, str] = os.environ) -> bool:
     return "WORLD_SIZE" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
+def stopping() -> list[signal.Signals]:
+    """The signals that ask for a stop; a terminal that closes is none under `nohup`."""
+    closed = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *closed]
+
+
 def launch(
     processes: int, arguments: Sequence[str], program: Sequence[str] = DALLE, machines: int = 1
 ) -> int:
@@ -45,7 +51,7 @@ def launch(
         raise ConfigError(f"--processes {processes}: several processes need Linux; leave it out, or give 1")
     with tempfile.TemporaryDirectory(prefix="dalle-") as folder:
         team = _Team(processes, [*program, *arguments], Path(folder), machines)
-        before = {s: signal.signal(s, team.forward) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, team.forward) for s in stopping()}
         try:
             return team.watch()
         finally:

@@ -15,6 +15,7 @@ import torch
 
 from dalle.console import say
 from dalle.errors import CheckpointError
+from dalle.launch import stopping
 
 LOCK = ".lock"
 SAME = 0.5  # seconds in which a second signal is the first one again
@@ -93,7 +94,7 @@ def held(folder: Path) -> bool:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM ask for a stop instead of making one; a second one stops at once.
+    """Ctrl-C, SIGTERM and a closed terminal ask for a stop instead of making one; a second one stops at once.
 
     One that follows at once is the same again: launchers hand on what the terminal sent to all. A reader of
     what is said, such as `tee`, may end by the same Ctrl-C: that ends nothing here.
@@ -117,7 +118,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set  # only the main thread may handle signals
         return
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, ask) for s in stopping()}
     before[signal.SIGPIPE] = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     try:
         yield asked.is_set

@@ -17,7 +17,7 @@ from dalle.config import describe, from_json, keys, override, preset, to_json
 from dalle.data.open import located
 from dalle.errors import ConfigError
 from dalle.precision import best_device
-from dalle.states import state_folders
+from dalle.states import newest_step, state_folders
 from dalle.training import CHANGEABLE, Training
 
 # Spans within `steps`. Not `patience`: over few updates a batch's noise would pass for a loss at a stand.
@@ -61,7 +61,8 @@ class Plan:
 
     def show(self) -> None:
         """Print every setting, its meaning and the paper's value."""
-        table = Table("setting", "value", "meaning", "paper", title=f"preset {self.preset}, data {self.data}")
+        title = Text(f"preset {self.preset}, data {self.data}")
+        table = Table("setting", "value", "meaning", "paper", title=title)
         for row in describe({"model": self.model, "training": self.training}):
             table.add_row(*map(Text, row))
         Console().print(table)
@@ -99,6 +100,11 @@ def plan(
             raise ConfigError(f"--minutes {minutes:g} is no time to train for; give more than 0")
         if "steps" in keys(settings):
             raise ConfigError("--minutes and --steps both say when to end: give one of them")
+    if _holds_a_model(folder) and not (folder / "config.json").exists():
+        raise ConfigError(
+            f"{folder} holds a model, but no config.json that tells of what kind: put that back, or use "
+            "another --run"
+        )
     if begun(folder):
         return _continued(folder, replace(options, data=asked), settings, presets)
     name = options.preset or default_preset
@@ -117,11 +123,14 @@ def plan(
 
 def begun(folder: Path) -> bool:
     """Does a stage's folder hold a model or a training state, not just what was there before a first save?"""
+    return _holds_a_model(folder) and (folder / "config.json").exists()
+
+
+def _holds_a_model(folder: Path) -> bool:
     states = folder / "state"
-    made = bool(state_folders(states)) or (
+    return bool(state_folders(states)) or (
         (folder / "weights.safetensors").exists() and not any(states.glob("step-*.partial"))
     )
-    return made and (folder / "config.json").exists()
 
 
 def _continued(
@@ -148,6 +157,9 @@ def _continued(
                 raise ConfigError(
                     f"{folder} was started with {field.name}={was}, not {now}: keep it, or use another --run"
                 )
+    made, steps = newest_step(folder / "state"), sections["training"].steps
+    if steps < made and steps != training.steps:
+        raise ConfigError(f"{folder} has {made:,} steps already: give --steps so many or more, not {steps}")
     name, data = saved.get("preset"), saved.get("data")
     if not isinstance(name, str) or not isinstance(data, str):
         raise ConfigError(f"{path} does not name the preset and the data of its run")

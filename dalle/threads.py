@@ -17,7 +17,7 @@ Out = TypeVar("Out")
 
 
 def cores(device: torch.device) -> int:
-    """Threads worth having: torch's own number on a CPU that is one process's own."""
+    """Threads to use: torch's number on a CPU that this process has to itself, otherwise 1."""
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     return torch.get_num_threads() if device.type == "cpu" and alone else 1
 

@@ -1,5 +1,6 @@
 """The training loop of both stages."""
 
+import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -13,6 +14,7 @@ from torch import Tensor
 from dalle.budget import Budget, record
 from dalle.ceiling import gemm_rate
 from dalle.chart import draw_scales
+from dalle.checkpoint import replacing
 from dalle.config import setting
 from dalle.console import Bar, Stopwatch, duration, say, warn
 from dalle.data.loader import Loader
@@ -403,6 +405,10 @@ def resume(session: Session) -> int:
     saved = SharedState(found, topology)
     if saved.values is None:
         return 0
+    weights = folder / "weights.safetensors"
+    if found is not None and not weights.exists():
+        with replacing(weights) as copy:  # the same, from where the next save would take them
+            shutil.copyfile(found.path / "average.safetensors", copy)
     engine.load(saved)
     task.load(saved.values["task"])
     step = int(saved.values["step"])

@@ -61,8 +61,12 @@ def _spare_the_prior(options: Options) -> None:
     folder, prior = options.run / "dvae", options.run / "prior"
     if held(prior):
         raise ConfigError(f"{prior} is being trained on this dVAE: wait for it, or use another --run")
-    if not begun(prior) or not begun(folder):
+    if not begun(prior):
         return
+    if not begun(folder):
+        raise ConfigError(
+            f"{prior} was begun on a dVAE that {folder} no longer holds: put it back, or use another --run"
+        )
     made, steps = _progress(options)
     if made < steps or options.minutes is not None:
         later = f"{steps:,}" if made < steps else "more"

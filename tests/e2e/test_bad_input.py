@@ -58,6 +58,15 @@ def test_weights_without_a_state_are_not_trained_over(dalle, run, tmp_path):
         assert files(folder) == before
 
 
+def test_a_dvae_is_not_trained_anew_under_a_prior_that_was_begun_on_another(dalle, run):
+    shutil.rmtree(run / "dvae")
+    before = files(run)
+    line = complaint(dalle(*dvae(run, steps=4)))
+    assert "was begun on a dVAE that" in line
+    assert "no longer holds: put it back, or use another --run" in line
+    assert files(run) == before
+
+
 def test_a_dvae_is_not_trained_on_under_its_prior(dalle, run):
     before = files(run)
     line = complaint(dalle(*dvae(run, steps=4)))

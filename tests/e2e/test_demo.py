@@ -6,9 +6,11 @@ import json
 import pytest
 
 import dalle.demo
+from dalle.checkpoint import write_json
 from dalle.demo import demo
 from dalle.errors import ConfigError
 from dalle.metrics import read_metrics
+from dalle.states import write_state
 from stage1_dvae.config import PRESETS as DVAE_PRESETS
 from stage2_prior.config import PRESETS as PRIOR_PRESETS
 
@@ -69,6 +71,13 @@ def test_a_stopped_demo_goes_on_as_it_was_begun(tmp_path, quick, monkeypatch):
     assert steps(run, "dvae") == begun
     assert (run / "dvae" / "weights.safetensors").stat().st_mtime_ns == written
     assert given[0].minutes == 0.04  # not the whole minute, though the first stage took none of it
+
+
+@pytest.mark.parametrize(("made", "of", "fitted"), [(4, 4000, False), (10, 4000, True), (4, 4, True)])
+def test_a_stage_stopped_before_its_steps_were_fitted_keeps_its_minutes(tmp_path, made, of, fitted):
+    write_state(tmp_path / "prior" / "state", made, {}, {}, keep=2)
+    write_json(tmp_path / "prior" / "config.json", {"training": {"steps": of}})
+    assert dalle.demo._options(tmp_path, "prior", 3.0).minutes == (None if fitted else 3.0)
 
 
 def test_the_prior_has_the_time_that_is_left(tmp_path, monkeypatch):

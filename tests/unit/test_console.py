@@ -2,7 +2,7 @@
 
 import pytest
 
-from dalle.console import Bar, Stopwatch, duration, say, warn
+from dalle.console import Bar, Patient, Stopwatch, duration, say, warn
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,15 @@ from dalle.console import Bar, Stopwatch, duration, say, warn
 )
 def test_durations_are_in_the_words_one_would_use(seconds, words):
     assert duration(seconds) == words
+
+
+def test_a_log_on_a_full_disk_ends_nothing():
+    with open("/dev/full", "w") as full:
+        patient = Patient(file=full)
+        patient.print("a line")
+        with patient:
+            patient.print("another")
+        assert patient.quiet
 
 
 def test_lines_go_to_standard_error_unwrapped_and_as_they_are(capsys):

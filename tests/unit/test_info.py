@@ -47,6 +47,14 @@ def test_steps_and_the_last_of_each_metric(run):
     assert "heldout_loss 2.5" in describe_run(facts_of_run(run))
 
 
+def test_steps_are_those_that_are_saved_not_what_the_log_or_the_settings_say(run):
+    (run / "dvae" / "metrics.jsonl").write_text(json.dumps({"step": 30, "loss": 1.0}) + "\n")
+    write_state(run / "dvae" / "state", 25, {}, {}, keep=2)
+    write_state(run / "prior" / "state", 4, {}, {}, keep=2)
+    facts = facts_of_run(run)
+    assert (facts["dvae"]["steps"], facts["prior"]["steps"]) == (25, 4)
+
+
 def test_states_are_listed_newest_first(run):
     for step in (5, 10):
         write_state(run / "prior" / "state", step, {}, {}, keep=2)

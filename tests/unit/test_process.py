@@ -126,7 +126,7 @@ def test_a_folder_that_cannot_be_written_or_locked_is_refused(tmp_path, monkeypa
         only_process(tmp_path).__enter__()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_only_asks(number):
     before = signal.getsignal(number)
     with stop_signals() as stopped:
@@ -134,6 +134,16 @@ def test_a_signal_only_asks(number):
         signal.raise_signal(number)
         assert stopped()
     assert signal.getsignal(number) == before
+
+
+def test_a_terminal_that_closes_ends_nothing_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals() as stopped:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stopped()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_asks_even_when_nobody_can_be_told(monkeypatch):

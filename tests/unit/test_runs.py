@@ -254,6 +254,21 @@ def test_a_run_that_saved_nothing_starts_anew(started):
     assert "lr_steps" in again.spans
 
 
+@pytest.mark.parametrize("kept", ["state/step-00000100/state.json", "weights.safetensors"])
+def test_a_model_whose_config_was_lost_is_not_trained_over(kept, started):
+    (started / "dvae" / kept).parent.mkdir(parents=True, exist_ok=True)
+    (started / "dvae" / kept).touch()
+    (started / "dvae" / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds a model, but no config\.json that tells of what kind"):
+        resolve(started)
+
+
+def test_fewer_steps_than_are_made_are_refused(begun):
+    with pytest.raises(ConfigError, match="has 100 steps already: give --steps so many or more, not 99"):
+        resolve(begun, steps=99)
+    assert resolve(begun, steps=100).training.steps == 100
+
+
 def test_a_model_without_a_state_is_not_trained_over(started):
     (started / "dvae" / "weights.safetensors").touch()
     with pytest.raises(ConfigError, match="holds a trained model, but no training state to go on from"):

@@ -224,6 +224,15 @@ def test_what_an_evaluation_fails_on_costs_no_update(tmp_path, monkeypatch, unin
     assert_same(outcome(resumed), uninterrupted)
 
 
+def test_lost_weights_come_back_from_the_state(tmp_path):
+    assert Regression(tmp_path, config()).run()
+    weights = tmp_path / "weights.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()
+    assert Regression(tmp_path, config()).run()
+    assert weights.read_bytes() == before
+
+
 def test_a_run_that_is_lengthened_ends_as_one_of_that_length(tmp_path, uninterrupted):
     assert Regression(tmp_path, config(steps=5, eval_every=9)).run()
     task = Regression(tmp_path, config())
