@@ -1,14 +1,17 @@
 """What `dalle bench` measures and writes, on models that take no time."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from cli.main import app
 from dalle import bench, ceiling
 from stage1_dvae.config import DVAEConfig
-from stage2_prior.config import PriorConfig
-from tests import tiny
+from stage2_prior.config import PRESETS, PriorConfig
+from tests import oracles, tiny
 
 CASES = bench.Cases(
     small=PriorConfig(**tiny.PRIOR_SHAPE), small_batch=3,
@@ -40,6 +43,32 @@ def test_everything_is_measured_against_a_ceiling_of_the_same_run(tmp_path, smal
         assert (row["share"] is not None) == what.startswith(("training", "drawing, 6×")), what
     table = path.with_suffix(".txt").read_text()
     assert "tokens/s" in table
+
+
+CPU = torch.device("cpu")
+
+
+def test_training_is_told_as_a_share_of_three_forward_passes(monkeypatch):
+    """With 2 words of 7 text slots, 16 cells and 3 layers of width 12."""
+    monkeypatch.setattr(bench, "seconds", lambda work: 0.5)
+    monkeypatch.setattr(bench, "gemm_rate", lambda device, precision: 1e6)
+    training = dataclasses.replace(PRESETS["tiny"][1], batch_size=3)
+    (row,) = bench._prior_step(CASES.small, training, CPU, "fp32")
+    kinds = [oracles.kind_of_layer(layer, 3) for layer in (1, 2, 3)]
+    pairs = sum(len(oracles.keys_seen(kind, slot, 7, 4, 3)) for kind in kinds for slot in range(23))
+    products = 3 * 23 * 12 * 12**2 + 2 * 12 * pairs + 12 * (16 * 13 + 2 * 11)
+    assert (row.value, row.unit) == (3 * 23 / 0.5, "tokens/s")
+    assert row.share == pytest.approx(3 * 3 * 2 * products / 0.5 / 1e6)
+
+
+def test_drawing_is_told_as_a_share_of_reading_every_weight_once(monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(clock) / 4))
+    monkeypatch.setattr(bench, "seconds", lambda work: 0.5)
+    *_, row = bench._drawing(CASES, CPU, "fp32", rate=2e-3)
+    weights = 3 * (12 * 12**2 + 13 * 12) + 13 * 12  # 13 biases and gains of 12 numbers in each layer
+    assert (row.value, row.unit) == (4, "image tokens/s")
+    assert row.share == pytest.approx(4 * weights / 2e6 / 0.25)
 
 
 def test_the_median_counts_and_the_first_run_does_not(monkeypatch):

@@ -24,7 +24,7 @@ def test_an_exported_run_draws_nearly_the_same_from_half_the_bytes(tmp_path):
     for mine, other in zip(ours.prior.parameters(), theirs.prior.parameters(), strict=True):
         assert other.dtype == mine.dtype
         np.testing.assert_allclose(mine.numpy(), other.numpy(), rtol=1e-3, atol=1e-6)
-    with pytest.raises(Exception, match="is not empty: name a new folder"):
+    with pytest.raises(CheckpointError, match="is not empty: name a new folder"):
         export(run, tmp_path / "out")
 
 

@@ -19,6 +19,7 @@ from dalle.training import CHANGEABLE
 from stage1_dvae.config import PRESETS as DVAE_PRESETS
 from stage1_dvae.config import DVAEConfig, DVAETraining
 from stage2_prior.config import PRESETS as PRIOR_PRESETS
+from stage2_prior.config import PriorTraining
 
 MODEL = DVAEConfig(image_size=16, vocab_size=13, hidden=4, codebook_width=6, groups=2, blocks_per_group=1)
 TRAINING = DVAETraining(batch_size=4, steps=1000, lr_steps=900, beta_steps=500, tau_steps=700, warmup=50)
@@ -178,6 +179,11 @@ def test_a_continued_run_does_not_follow_a_changed_preset(begun, monkeypatch):
 def test_more_steps_go_on_along_the_same_schedules(begun):
     longer = resolve(begun, steps=800).training
     assert (longer.steps, longer.lr_steps, longer.warmup) == (800, 450, 25)
+
+
+def test_what_may_change_are_settings_of_a_stage():
+    known = {field.name for stage in (DVAETraining, PriorTraining) for field in dataclasses.fields(stage)}
+    assert known >= CHANGEABLE
 
 
 @pytest.mark.parametrize("name", sorted(name for name in CHANGEABLE if hasattr(TRAINING, name)))

@@ -1,7 +1,7 @@
 """Drawing codes: the noise, and the choice of a code."""
 
 import math
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -196,13 +196,21 @@ def test_settings_that_cannot_be_are_refused(how, message):
         Sampling(**how)
 
 
+class Clock:
+    """Of the decoder: it goes when it is told to."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("stage2_prior.decode.time", SimpleNamespace(perf_counter=lambda: self.now))
+
+
 def test_threads_that_are_faster_only_at_their_best_are_not_taken(monkeypatch):
     """As on a machine whose cores others use: now and then nobody disturbs a step of two threads."""
-    model, step, turns = tiny.prior(), Decoder.step, iter(range(10**6))
+    model, step, turns, clock = tiny.prior(), Decoder.step, iter(range(10**6)), Clock(monkeypatch)
 
     def disturbed(*arguments):
         alone = torch.get_num_threads() == 1
-        time.sleep(0.02 if alone else 0.1 * (next(turns) % 3 > 0))
+        clock.now += 0.02 if alone else 0.1 * (next(turns) % 3 > 0)
         return step(*arguments)
 
     monkeypatch.setattr(Decoder, "step", disturbed)
@@ -213,11 +221,11 @@ def test_threads_that_are_faster_only_at_their_best_are_not_taken(monkeypatch):
 @pytest.mark.parametrize("faster", [1, 2])
 def test_cells_are_drawn_with_as_many_threads_as_are_fastest(monkeypatch, faster):
     """Waking a second one takes longer than a small model's products. The caller keeps its own number."""
-    model, seen, step = tiny.prior(), [], Decoder.step
+    model, seen, step, clock = tiny.prior(), [], Decoder.step, Clock(monkeypatch)
 
     def slow_otherwise(*arguments):
         seen.append(torch.get_num_threads())
-        time.sleep(0.0 if seen[-1] == faster else 0.1)
+        clock.now += 0.0 if seen[-1] == faster else 0.1
         return step(*arguments)
 
     monkeypatch.setattr(Decoder, "step", slow_otherwise)

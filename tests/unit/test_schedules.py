@@ -20,21 +20,6 @@ def test_a_quarter_of_the_cosine():
     assert cosine(25, 100, 1.0, 0.0) == pytest.approx((2 + math.sqrt(2)) / 4)  # 0.854; a line has 0.75
 
 
-@pytest.mark.parametrize(
-    ("step", "horizon", "start", "end", "value"),
-    [
-        (2_500, 5_000, 0.0, 6.6, 3.3),
-        (5_000, 5_000, 0.0, 6.6, 6.6),
-        (75_000, 150_000, 1.0, 1 / 16, 17 / 32),
-        (400_000, 1_200_000, 1e-4, 1.25e-6, 1.25e-6 + 0.75 * 98.75e-6),
-        (3_000_000, 1_200_000, 1e-4, 1.25e-6, 1.25e-6),
-    ],
-    ids=["beta midway", "beta", "tau midway", "lr after a third", "lr at the end"],
-)
-def test_the_papers_schedules(step, horizon, start, end, value):
-    assert cosine(step, horizon, start, end) == pytest.approx(value, rel=1e-12)
-
-
 def test_the_warm_up_is_linear_and_its_first_update_moves():
     assert [warmup(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert warmup(0, 0) == 1.0

@@ -72,6 +72,37 @@ def test_the_loss_is_that_of_the_steps_temperature_and_weight(tmp_path):
     assert metrics["kl_nats"].item() == pytest.approx(terms.kl.item() * 16, rel=1e-5)
 
 
+def test_codes_used_unevenly_cost_as_much_as_usage_weight_says(tmp_path):
+    pixels = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    losses = []
+    for weight in (0.0, 2.0):
+        task = stage(tmp_path, dataclasses.replace(PAPER, usage_weight=weight))
+        task.begin([(pixels,)], lambda function, *arguments: function(*arguments))
+        losses.append(task.loss((pixels,), 100, range(3))[0].item())
+    shares = task.model.logits(pixels / 255).double().softmax(1).mean((0, 2, 3))
+    to_uniform = (shares * shares.log()).sum().item() + math.log(13)
+    assert to_uniform > 0.1
+    assert losses[1] - losses[0] == pytest.approx(2 * to_uniform / 48, rel=1e-4)
+
+
+def test_the_gradient_of_a_batch_is_the_mean_of_those_of_its_micro_batches(tmp_path):
+    """Also where the use of the codes counts, which is a matter of the whole batch."""
+    task = stage(tmp_path, dataclasses.replace(PAPER, usage_weight=2.0))
+    parameters = list(task.model.requires_grad_(True).parameters())
+    pixels = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+    def gradient(size):
+        parts = [(part,) for part in pixels.split(size)]
+        task.begin(parts, lambda function, *arguments: function(*arguments))
+        task.model.zero_grad()
+        for number, part in enumerate(parts):
+            positions = range(40 + number * size, 40 + (number + 1) * size)
+            (task.loss(part, 100, positions)[0] / len(parts)).backward()
+        return [parameter.grad.clone() for parameter in parameters]
+
+    assert tiny.apart(gradient(2), gradient(4)) < 1e-5
+
+
 def log_laplace(pixels, decoded):
     """ln f of the paper's App. A.3."""
     x, (mu, ln_b) = (0.8 * pixels + 0.1).double(), decoded.double().chunk(2, 1)
@@ -89,7 +120,8 @@ def decibel(pixels, other):
 
 def test_what_is_measured_on_held_out_pictures(tmp_path):
     """In parts of 2, 2 and 1 pictures: means over pictures."""
-    task = stage(tmp_path, dataclasses.replace(PAPER, batch_size=2, tau_steps=300), pictures=5)
+    training = dataclasses.replace(PAPER, batch_size=2, tau_steps=300, beta_steps=300)
+    task = stage(tmp_path, training, pictures=5)
     found = task.evaluate(100)
     pixels, model = task.heldout / 255, task.model
     codes = model.logits(pixels).argmax(1)
@@ -97,6 +129,7 @@ def test_what_is_measured_on_held_out_pictures(tmp_path):
     noise = [noise_of(torch.device("cpu"), 0, EVALUATION, place) for place in range(5)]
     terms, _, relaxed = elbo(model, pixels, tau=1 / 16 + 15 / 16 * 0.75, generators=noise)
     assert -log_laplace(pixels, relaxed).mean().item() == pytest.approx(terms.nll.item(), rel=1e-5)
+    assert found["heldout_loss"] == pytest.approx((terms.nll + 1.65 * terms.kl / 48).item(), rel=1e-5)
     gap = log_laplace(pixels, relaxed).mean() - log_laplace(pixels, hard).mean()
     assert abs(gap) > 1e-3
     assert found["heldout_relaxation_gap"] == pytest.approx(gap.item(), rel=1e-4)
@@ -146,6 +179,19 @@ def test_a_dying_codebook_is_told_at_the_second_evaluation_in_a_row(tmp_path, ca
     task.window.add(torch.ones(1, dtype=torch.long))
     assert not warned()
     assert task.alarms == 0
+
+
+def test_runs_of_other_seeds_are_measured_on_the_same_pictures(tmp_path):
+    settings = ("image_size=16", "hidden=12", "codebook_width=12", "patch=4", "start=random")
+    seen = []
+    for seed in (0, 1, 2):
+        options = Options(
+            tmp_path / str(seed), preset="tiny", settings=(*settings, "eval_pictures=3", f"seed={seed}")
+        )
+        seen.append(prepare(options).task.heldout)
+    assert seen[0].shape == (3, 3, 16, 16)
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
 
 
 class Same:

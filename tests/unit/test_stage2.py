@@ -16,6 +16,7 @@ from dalle.text import NO_TOKEN, fit, normalise
 from dalle.training import fit as train
 from stage2_prior.codes import Codes
 from stage2_prior.config import PRESETS, PriorTraining
+from stage2_prior.sample import Sampling, noise
 from stage2_prior.train import Stage2, _prepare, prepare, prepare_plainly
 from tests import tiny
 
@@ -108,6 +109,20 @@ def test_held_out_losses_do_not_depend_on_how_many_pictures_are_taken_at_once(tm
             found.append(one.evaluate(1))
     for part in found[:2]:
         assert part == pytest.approx(found[2], rel=1e-5)
+
+
+@pytest.mark.parametrize(("guidance", "top_p"), [(1.0, 1.0), (5.0, 1.0), (1.0, 0.1), (5.0, 0.1)])
+def test_drawings_of_an_evaluation_follow_the_runs_guidance_and_top_p(tmp_path, guidance, top_p):
+    training = dataclasses.replace(PAPER, caption_dropout=0.1, guidance=guidance, top_p=top_p, seed=4)
+    task, decoded = stage(tmp_path, training), []
+    decode = task.codes.decode
+    task.codes.decode = lambda codes: (decoded.append(codes), decode(codes))[1]
+    task.drawings()
+    uniform, drawn = noise(4, range(1), 16), {}
+    for how in (Sampling(), Sampling(top_p=top_p, guidance=guidance)):
+        drawn[how] = tiny.drawn(task.model, task.prompt_tokens, uniform, how).view(1, 4, 4)
+    assert torch.equal(decoded[0], drawn[Sampling(top_p=top_p, guidance=guidance)])
+    assert torch.equal(decoded[0], drawn[Sampling()]) == (guidance == top_p)
 
 
 def test_captions_that_were_cut_are_counted_and_told(tmp_path, capsys):

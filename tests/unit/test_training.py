@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -259,6 +260,27 @@ def test_lines_hold_means_over_their_window(tmp_path, uninterrupted):
     assert means == pytest.approx([sum(single[:4]) / 4, sum(single[4:]) / 4], rel=1e-5)
 
 
+def test_rates_count_neither_saving_nor_evaluating(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("dalle.console.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def taking(seconds, of):
+        def later(*arguments):
+            now[0] += seconds
+            return of(*arguments)
+
+        return later
+
+    for name, seconds in (("loss", 1), ("state", 100), ("evaluate", 1000)):
+        monkeypatch.setattr(Regression, name, taking(seconds, getattr(Regression, name)))
+    often = config(steps=6, eval_every=2, save_every=1)
+    assert not Regression(tmp_path, often, stop_at=4).run()
+    assert Regression(tmp_path, often).run()
+    lines = [line for line in read_metrics(tmp_path) if "loss" in line]
+    assert [line["seconds"] for line in lines] == [2] * 6  # two micro-batches
+    assert [line["pictures_per_second"] for line in lines] == [2] * 6
+
+
 def test_a_finished_run_says_so_and_does_nothing(tmp_path, capsys):
     Regression(tmp_path, config(steps=2)).run()
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -378,15 +400,6 @@ def test_the_folder_is_held_while_training_and_free_afterwards(tmp_path, monkeyp
         task.run()
     look(task)
     assert held == [7, 0]
-
-
-def test_noise_is_a_function_of_its_key_alone():
-    def draw(*key):
-        return torch.rand(9, generator=keyed(torch.device("cpu"), *key)).tolist()
-
-    assert draw(0, 5, 1) == draw(0, 5, 1)
-    keys = [(s, t, m) for s in range(3) for t in range(5) for m in range(3)]
-    assert len({tuple(draw(*key)) for key in keys}) == len(keys)
 
 
 def test_micro_batches_must_divide_the_batch():
