@@ -58,3 +58,12 @@ def test_gumbel_noise_is_the_double_logarithm_of_these_numbers(monkeypatch, kind
     assert not rows[0].any()
     exact = (-uniform(kind(CPU, 3), torch.empty(2, 4096)).double().log()).log()
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_a_generator_is_a_function_of_its_key_alone():
+    def draw(*key):
+        return torch.rand(9, generator=keyed(CPU, *key)).tolist()
+
+    assert draw(0, 5, 1) == draw(0, 5, 1)
+    keys = [(s, t, m) for s in range(3) for t in range(5) for m in range(3)]
+    assert len({tuple(draw(*key)) for key in keys}) == len(keys)
