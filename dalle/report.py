@@ -15,6 +15,7 @@ from dalle import __version__
 from dalle.chart import curves, of_scales, svg
 from dalle.checkpoint import read_json, refuse_unwritable, replacing, write_json
 from dalle.console import Bar, say
+from dalle.errors import ConfigError
 from dalle.evaluate import AT_ONCE, SPLITS, TITLES, Drawing, Score, evaluate, interval
 from dalle.metrics import read_metrics
 from dalle.pipeline import TextToImage
@@ -35,9 +36,14 @@ def judge_and_report(
 
     Returns:
         What report.json holds.
+
+    Raises:
+        ConfigError: the run was trained on other data.
     """
     refuse_unwritable(out)
     model = TextToImage.load(run, at_once=AT_ONCE)
+    if (data := read_json(run / "prior" / "config.json").get("data")) != "scenes":
+        raise ConfigError(f"{run} was trained on {data}: only drawings of the built-in scenes can be judged")
     with Bar("drawing and judging", prompts * len(SPLITS), unit="pictures") as bar:
         scores = evaluate(model, prompts, seed=seed, sampling=sampling, on_drawn=bar.advance)
     figures = {

@@ -265,6 +265,8 @@ def fit(session: Session) -> bool:
         if topology.main:
             write_config()
         step, config = resume(session), session.config
+        if topology.main:
+            _restore_weights(folder, step)
         owed = _owes_an_evaluation(session, step)
         if step >= config.steps and budget is None and not owed:
             say(f"{task.label}: {folder} has its {step:,} steps already; a larger --steps trains on")
@@ -405,15 +407,19 @@ def resume(session: Session) -> int:
     saved = SharedState(found, topology)
     if saved.values is None:
         return 0
-    weights = folder / "weights.safetensors"
-    if found is not None and not weights.exists():
-        with replacing(weights) as copy:  # the same, from where the next save would take them
-            shutil.copyfile(found.path / "average.safetensors", copy)
     engine.load(saved)
     task.load(saved.values["task"])
     step = int(saved.values["step"])
     say(f"{task.label}: going on from step {step:,} in {folder}")
     return step
+
+
+def _restore_weights(folder: Path, step: int) -> None:
+    """Lost ones come back from the state that was loaded."""
+    weights, state = folder / "weights.safetensors", folder / "state" / f"step-{step:08d}"
+    if state.exists() and not weights.exists():
+        with replacing(weights) as copy:
+            shutil.copyfile(state / "average.safetensors", copy)
 
 
 def _name_skipped(skipped: Sequence[dict[str, str]]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dalle.console import Stopwatch, say
 from dalle.errors import CheckpointError
 from dalle.metrics import Window
+from dalle.process import held
 from dalle.states import Saver, State, state_folders
 from dalle.training import Session, resume, stream, update
 
@@ -48,11 +49,13 @@ def verify_resume(prepare: Callable[[], Session]) -> str | None:
         The first tensor that is not bit for bit the same at the end, or None.
 
     Raises:
-        CheckpointError: the run has no training state.
+        CheckpointError: the run has no training state, or is being trained.
     """
     first = prepare()
     if not state_folders(first.folder / "state"):
         raise CheckpointError(f"{first.folder} has no training state: train it first")
+    if held(first.folder):
+        raise CheckpointError(f"{first.folder} is being trained: wait until that has ended, then verify it")
     say(f"{first.task.label}: {UPDATES} updates in one go, then with a stop after the first")
     with tempfile.TemporaryDirectory(prefix="dalle-verify-") as name:
         straight, stopped = Path(name) / "straight", Path(name) / "stopped"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -72,6 +73,14 @@ def test_a_score_without_drawings_has_no_facts():
 def run(tmp_path_factory):
     """A run that can read every caption of the scenes; what it draws is noise."""
     return tiny.write_run(tmp_path_factory.mktemp("report") / "run", captions=CAPTIONS * 3, text_length=99)
+
+
+def test_a_run_of_other_data_is_not_judged_by_the_scenes(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "run")
+    config = json.loads((other / "prior" / "config.json").read_text())
+    (other / "prior" / "config.json").write_text(json.dumps({**config, "data": "/my/pictures"}))
+    with pytest.raises(ConfigError, match="was trained on /my/pictures: only drawings of the"):
+        judge_and_report(other, 3, "dalle evaluate", tmp_path)
 
 
 def test_the_report_holds_all_it_shows(run, tmp_path):

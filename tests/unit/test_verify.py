@@ -33,6 +33,13 @@ def test_a_run_that_is_resumed_exactly_is_identical_and_left_alone(tmp_path):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def test_a_run_that_is_being_trained_is_not_verified(tmp_path, monkeypatch):
+    assert Regression(tmp_path, config(steps=5)).run()
+    monkeypatch.setattr("dalle.verify.held", lambda folder: folder == tmp_path)
+    with pytest.raises(CheckpointError, match="is being trained: wait until that has ended"):
+        verify_resume(sessions(tmp_path))
+
+
 def test_it_asks_for_deterministic_operations_while_it_lasts(tmp_path, monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     assert Regression(tmp_path, config(steps=5)).run()
