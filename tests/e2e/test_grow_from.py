@@ -58,9 +58,9 @@ def test_it_goes_on_with_the_same_command_or_without_the_option(dalle, coarse, f
 
 
 def test_a_run_that_was_begun_otherwise_is_refused(dalle, coarse, fine):
-    said = complaint(dalle(*prior(coarse, "--grow-from", coarse)))
+    said = complaint(dalle(*prior(coarse, "--grow-from", coarse, steps=40)))
     assert "was begun without another prior" in said
-    said = complaint(dalle(*prior(fine, "--grow-from", fine)))
+    said = complaint(dalle(*prior(fine, "--grow-from", fine, steps=40)))
     assert f"was begun with the prior {config(fine)['grown_from']}" in said
 
 

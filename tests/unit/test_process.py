@@ -126,24 +126,29 @@ def test_a_folder_that_cannot_be_written_or_locked_is_refused(tmp_path, monkeypa
         only_process(tmp_path).__enter__()
 
 
+@contextmanager
+def handled(number, how):
+    before = signal.signal(number, how)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_only_asks(number):
-    before = signal.getsignal(number)
-    with stop_signals() as stopped:
-        assert not stopped()
-        signal.raise_signal(number)
-        assert stopped()
-    assert signal.getsignal(number) == before
+    with handled(number, signal.SIG_DFL):
+        with stop_signals() as stopped:
+            assert not stopped()
+            signal.raise_signal(number)
+            assert stopped()
+        assert signal.getsignal(number) == signal.SIG_DFL
 
 
 def test_a_terminal_that_closes_ends_nothing_under_nohup():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with stop_signals() as stopped:
-            signal.raise_signal(signal.SIGHUP)
-            assert not stopped()
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    with handled(signal.SIGHUP, signal.SIG_IGN), stop_signals() as stopped:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stopped()
 
 
 def test_a_signal_asks_even_when_nobody_can_be_told(monkeypatch):
