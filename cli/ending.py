@@ -1,5 +1,6 @@
 """How a command ends: with one line and exit status 2 where its user can do something about it."""
 
+import errno
 import gc
 import os
 import sys
@@ -16,7 +17,11 @@ from dalle.errors import DalleError
 def ending() -> Iterator[None]:
     """Around a command. Without a traceback: mistakes of the caller, a full disk or memory, Ctrl-C."""
     try:
-        yield
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except KeyboardInterrupt:
         _end(1)
     except Exception as error:
@@ -47,8 +52,14 @@ def _mistake(error: Exception) -> str | None:
             f"{said.partition('.')[0]}: it read pictures, and lacked memory perhaps; "
             "give a container more shared memory (docker run --shm-size=8g), or use --set workers=0"
         )
-    if isinstance(error, OSError) and error.filename and not isinstance(error, ConnectionError):
-        return f"{error.filename}: {(error.strerror or said).lower()}"
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        reason = (error.strerror or said).lower()
+        if error.filename:
+            return f"{error.filename}: {reason}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            # What could not be written is still in the buffer, and Python would try once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return f"the output could not be written: {reason}"
     return None
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from io import TextIOWrapper
 from json import dumps
 from pathlib import Path
 from shlex import quote
@@ -462,6 +463,8 @@ def main() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `dalle … | head` is no error
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a console may lack some of our letters
     with ending():
         app()
 

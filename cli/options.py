@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from dalle.errors import DalleError
+
 # a run, and what it is trained with
 Run = Annotated[Path, typer.Option("--run", help="Run folder, which holds everything of one model.")]
 RunArgument = Annotated[Path, typer.Argument(help="Run folder.")]
@@ -168,10 +170,18 @@ Preview = Annotated[
 ]
 PromptsOfAKind = Annotated[int, typer.Option(min=1, help="Prompts to draw of each of the six kinds.")]
 
+
 # where results go
+def _folder(path: Path | None) -> Path | None:
+    if path is not None and path.suffix.lower() in (".png", ".jpg", ".html", ".json") and not path.is_dir():
+        raise DalleError(f"--out {path} is a name for a file; give a folder, whose files are named for you")
+    return path
+
+
 SampleFolder = Annotated[
     Path | None,
     typer.Option(
+        callback=_folder,
         help="Folder for the pictures; by default samples in the run folder; samples in the working "
         "directory for the built-in model.",
         show_default=False,
@@ -180,6 +190,7 @@ SampleFolder = Annotated[
 ReconstructionFolder = Annotated[
     Path | None,
     typer.Option(
+        callback=_folder,
         help="Folder for the pairs; by default reconstructions in the run folder; reconstructions in the "
         "working directory for the built-in model.",
         show_default=False,
@@ -188,6 +199,7 @@ ReconstructionFolder = Annotated[
 ReportFolder = Annotated[
     Path | None,
     typer.Option(
+        callback=_folder,
         help="Folder for report.html and report.json; by default the run folder; evaluation in the working "
         "directory for the built-in model.",
         show_default=False,
@@ -197,6 +209,7 @@ BenchFolder = Annotated[
     Path | None,
     typer.Option(
         "--out",
+        callback=_folder,
         help="Also write the table and a JSON file, named after the date, to this folder.",
         show_default=False,
     ),

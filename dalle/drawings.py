@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dalle.checkpoint import read_json, write_json
-from dalle.console import say
+from dalle.console import say, warn
 from dalle.data.augment import centre_crop
 from dalle.data.images import decode
 from dalle.data.source import BadSample
@@ -139,30 +139,38 @@ def _is_free(path: Path, facts: Mapping[str, Any]) -> bool:
 
 def save_reconstructions(
     folder: Path, model: DVAE, images: Iterable[Path], made: Mapping[str, Any] | None = None
-) -> list[Path]:
+) -> Iterator[Path]:
     """Write each picture beside its reconstruction: the input's centre square left, the dVAE's right.
+
+    Gives the path of each pair once it is written.
 
     Args:
         made: what tells this dVAE; also written beside and into the PNGs. A file is replaced only by the same
             picture through the same one.
 
     Raises:
-        DataError: a file is missing, is no picture, or is smaller than the model's pictures.
+        DataError: after all others are written, where a file is missing, is no picture, or is smaller than
+            the model's pictures.
     """
-    paths: list[Path] = []
+    refused: list[str] = []
     device = next(model.parameters()).device
     for source in images:
         try:
             cropped = centre_crop(decode(source, str(source)), model.config.image_size)
         except BadSample as bad:
-            raise DataError(f"{bad}; give pictures that can be read") from bad
+            refused.append(f"{bad}; give pictures that can be read")
+            continue
         except DataError as error:
-            raise DataError(f"{source}: {error}") from error
+            refused.append(f"{source}: {error}")
+            continue
         pixels = to_pixels(torch.from_numpy(cropped)[None]).to(device)
         with torch.inference_mode():
             pair = to_images(torch.cat([pixels, model.decode(model.encode(pixels))]))
         facts = {"image": readable(source.absolute()), **(made or {})}
         (path,) = _free(folder, readable(Path(source.stem)), ["-reconstruction"], [facts])
         _save(path, grid([pair]), facts)
-        paths.append(path)
-    return paths
+        yield path
+    for reason in refused[:-1]:
+        warn(reason)
+    if refused:
+        raise DataError(refused[-1])

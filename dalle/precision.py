@@ -120,30 +120,33 @@ def _seconds(dtype: torch.dtype) -> float:
 
 
 @contextmanager
-def fp32_products(how: Literal["bf16", "ieee"]) -> Iterator[None]:
-    """While it lasts, products of fp32 operands on a CPU take these rounded to bf16, or as they are.
+def fp32_products(how: Literal["rounded", "ieee"]) -> Iterator[None]:
+    """While it lasts, products of fp32 operands take these rounded, or as they are.
 
-    Sums and results are fp32 either way. It holds for all threads of the process.
+    Rounded is to TF32 on a GPU, to bf16 on a CPU with AMX; other CPUs leave them whole. Sums and results are
+    fp32 either way. It holds for all threads of the process.
     """
+    # By the older of torch's two switches, which sets the newer ones: whoever asks the older while only those
+    # are set gets an error, and torch.compile asks. It leaves out convolutions.
     onednn: Any = torch.backends.mkldnn
-    kinds = (onednn.matmul, onednn.conv)
-    before = [kind.fp32_precision for kind in kinds]
+    before = onednn.matmul.fp32_precision, onednn.conv.fp32_precision
     try:
-        for kind in kinds:
-            kind.fp32_precision = how
+        torch.set_float32_matmul_precision("medium" if how == "rounded" else "highest")
+        onednn.conv.fp32_precision = "bf16" if how == "rounded" else "ieee"
         yield
     finally:
-        for kind, was in zip(kinds, before, strict=True):
-            kind.fp32_precision = was
+        torch.set_float32_matmul_precision({"tf32": "high", "bf16": "medium"}.get(before[0], "highest"))
+        onednn.conv.fp32_precision = before[1]
 
 
 def products(precision: Arithmetic, device: torch.device) -> AbstractContextManager[None]:
     """The context of what is computed beside 16-bit products, backward passes included.
 
-    With bf16 on a CPU fp32 products round their operands to it, which is for such a CPU what TF32 is for a
-    GPU: the heads cost half. oneDNN does so with AMX only.
+    There the products of fp32 operands may round these: at full length a CPU with AMX would take twice as
+    long for the heads, a GPU ten times and more. Not beside fp16 on a CPU, which is there for tests.
     """
-    return fp32_products("bf16") if precision == "bf16" and device.type == "cpu" else nullcontext()
+    rounded = precision == "bf16" or (precision == "fp16" and device.type == "cuda")
+    return fp32_products("rounded") if rounded else nullcontext()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from rich.text import Text
 from dalle.budget import Budget, lasting
 from dalle.checkpoint import FORMAT, read_json, write_json
 from dalle.config import describe, from_json, keys, override, preset, to_json
-from dalle.data.open import located
-from dalle.errors import ConfigError
+from dalle.data.open import located, open_splits
+from dalle.data.source import Source
+from dalle.errors import ConfigError, DataError
 from dalle.precision import best_device
 from dalle.states import newest_step, state_folders
 from dalle.training import CHANGEABLE, Training
@@ -52,6 +54,21 @@ class Plan:
     def budget(self) -> Budget | None:
         """The time to keep to, from now on, if there is one."""
         return None if self.minutes is None else Budget(self.minutes, self.training, self.spans)
+
+    def sources(self, size: int) -> tuple[Source, Source]:
+        """The samples to train on and the held-out ones; built-in scenes are drawn `size` pixels wide.
+
+        Raises:
+            DataError: there are none, or they are of another kind.
+        """
+        try:
+            train, heldout = open_splits(self.data, ("train", "heldout"), size, self.training.heldout)
+        except DataError as error:
+            if self.resumed and not os.path.exists(self.data):
+                path = self.folder / "config.json"
+                raise DataError(f"{error}; if they have only moved, change data in {path}") from error
+            raise
+        return train, heldout
 
     def write(self, **more: Any) -> None:
         """Write config.json, before the first step."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from dalle.budget import Budget, record
 from dalle.ceiling import gemm_rate
 from dalle.chart import draw_scales
-from dalle.checkpoint import replacing
+from dalle.checkpoint import replacing, sha256
 from dalle.config import setting
 from dalle.console import Bar, Stopwatch, duration, say, warn
 from dalle.data.loader import Loader
@@ -415,11 +415,16 @@ def resume(session: Session) -> int:
 
 
 def _restore_weights(folder: Path, step: int) -> None:
-    """Lost ones come back from the state that was loaded."""
+    """Lost or damaged ones come back from the state that was loaded."""
     weights, state = folder / "weights.safetensors", folder / "state" / f"step-{step:08d}"
-    if state.exists() and not weights.exists():
-        with replacing(weights) as copy:
-            shutil.copyfile(state / "average.safetensors", copy)
+    if not state.exists():
+        return
+    average = state / "average.safetensors"
+    if weights.exists() and sha256(weights) == sha256(average):
+        return
+    warn(f"{weights} was not that of step {step:,}; written anew from the training state")
+    with replacing(weights) as copy:
+        shutil.copyfile(average, copy)
 
 
 def _name_skipped(skipped: Sequence[dict[str, str]]) -> None:

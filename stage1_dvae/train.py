@@ -12,7 +12,6 @@ from torch import Tensor
 from dalle.console import Bar, say, warn
 from dalle.data.augment import centre_crop, stage1_crop
 from dalle.data.loader import Loader
-from dalle.data.open import open_source
 from dalle.data.source import Sample
 from dalle.data.split import HELDOUT_SEED
 from dalle.distributed import topology
@@ -109,10 +108,9 @@ def prepare(options: Options) -> Session:
     device, here = best_device(), topology()
     precision = precision_of(config)
 
-    source = open_source(run.data, "train", size, config.heldout)
+    source, unseen = run.sources(size)
     crop = partial(_crop, size=size, flip=config.flip)
     loader = make_loader(source, crop, config, size)
-    unseen = open_source(run.data, "heldout", size, config.heldout)
     centre = partial(_centre, size=size)
     unseen_loader = Loader(unseen, centre, batch_size=1, seed=HELDOUT_SEED, min_side=size)
     (heldout,) = unseen_loader.some(config.eval_pictures)

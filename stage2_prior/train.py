@@ -19,7 +19,6 @@ from dalle.checkpoint import read_json
 from dalle.console import say, warn
 from dalle.data.augment import centre_crop, stage2_crop
 from dalle.data.loader import Loader
-from dalle.data.open import open_source
 from dalle.data.source import BadSample, Sample, Source
 from dalle.data.split import HELDOUT_SEED
 from dalle.distributed import topology
@@ -105,8 +104,7 @@ def prepare(
     device, here = best_device(), topology()
     precision = precision_of(run.training)
 
-    source = open_source(run.data, "train", codes.image_size, run.training.heldout)
-    unseen = open_source(run.data, "heldout", codes.image_size, run.training.heldout)
+    source, unseen = run.sources(codes.image_size)
     with here.main_first():
         tokenizer = _tokenizer(run, source, coarse)
     attention = here.share(_attention(run, device, precision))

@@ -1,6 +1,7 @@
 """A folder of pictures, each with its captions in a text file beside it."""
 
 import os
+from collections import Counter
 from os.path import splitext
 from pathlib import Path
 
@@ -15,8 +16,9 @@ WANTED = "a .txt of the same name beside each, one caption a line"
 class Folder:
     """Every picture below a folder, in the order of their paths; hidden files are left out.
 
-    The captions of `a/b.jpg` are the lines of `a/b.txt`; the key is the path relative to the folder. Raises
-    `DataError` when there are no pictures, or not one of them has a caption file.
+    The captions of `a/b.jpg` are the lines of `a/b.txt`; the key is the path relative to the folder. Files
+    of other kinds that have captions stand in `bad`. Raises `DataError` when there are no pictures, or not
+    one of them has a caption file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -25,9 +27,9 @@ class Folder:
         files = set(_files(path))
         self.keys = sorted(file for file in files if Path(file).suffix.lower() in SUFFIXES)
         if not self.keys:
-            raise DataError(
-                f"{path}: no picture among {len(files)} files; give a folder of pictures with {WANTED}"
-            )
+            kinds = Counter(Path(file).suffix.lower() or "without a suffix" for file in sorted(files))
+            found = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(3)) or "none"
+            raise DataError(f"{path}: no picture among its files ({found}); give pictures with {WANTED}")
         # .TXT and its like, by the name that they would have
         self.texts = {_text(f): f for f in files if f.lower().endswith(".txt") and not f.endswith(".txt")}
         if not any(_text(key) in files or _text(key) in self.texts for key in self.keys):
@@ -36,6 +38,10 @@ class Folder:
             raise DataError(
                 f"{path}: {len(self.keys)} pictures, none with captions; put {WANTED}, or give {manifest}"
             )
+        captioned = {file for file in files if file.endswith(".txt")} | self.texts.keys()
+        lone = captioned - set(map(_text, self.keys))
+        others = sorted(f for f in files if _text(f) in lone and not f.lower().endswith((".txt", ".json")))
+        self.bad = [BadSample(f, "in a format that is not read; save it as PNG or JPEG") for f in others]
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -157,5 +157,6 @@ def _stack(rows: list[Batch]) -> Batch:
 def _nothing_readable(source: Source, skipped: dict[str, str]) -> DataError:
     key, reason = next(iter(skipped.items()))
     return DataError(
-        f"{source.name}: no readable picture among {len(skipped)} tries; the first, {key}: {reason}"
+        f"{source.name}: no readable picture among {len(skipped)} tries; the first, {key}: {reason}; "
+        "mend it or take it away"
     )

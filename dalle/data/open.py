@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from dalle.data.folder import Folder
@@ -21,7 +22,12 @@ def located(data: str) -> str:
 
 
 def open_source(data: str, split: Split, size: int, heldout: float = 0.02) -> Source:
-    """The samples of a split of `data`: "scenes", or a path to a folder, a manifest or shards.
+    """The samples of one split; see `open_splits`."""
+    return open_splits(data, [split], size, heldout)[0]
+
+
+def open_splits(data: str, splits: Sequence[Split], size: int, heldout: float) -> list[Source]:
+    """The samples of each split of `data`: "scenes", or a path to a folder, a manifest or shards.
 
     `size` is the side in pixels of built-in scenes; real pictures keep theirs. `heldout` is the fraction that
     is held out of data that names no splits. Raises `DataError` for data that is missing or of another kind.
@@ -29,8 +35,9 @@ def open_source(data: str, split: Split, size: int, heldout: float = 0.02) -> So
     if data == "scenes":
         from dalle.scenes.source import Scenes  # here, because its drawing is loaded for nothing otherwise
 
-        return Scenes(split, size)
-    return subset(_open(located(data)), split, heldout)
+        return [Scenes(split, size) for split in splits]
+    whole = _open(located(data))
+    return [subset(whole, split, heldout) for split in splits]
 
 
 def _holds_shards(folder: Path) -> bool:
@@ -47,12 +54,12 @@ def _holds_shards(folder: Path) -> bool:
 
 def _open(data: str) -> KeyedSource:
     path = Path(data)
-    if re.search(r"\.(tar|tgz)($|\.)", path.name):
-        return Shards(data)
     if path.is_dir():
         return Shards(data) if _holds_shards(path) else Folder(path)
     if path.suffix.lower() in SUFFIXES and path.is_file():
         return Manifest(path)
+    if re.search(r"\.(tar|tgz)($|\.)", path.name):
+        return Shards(data)
     raise DataError(
         f"{data}: {'of an unknown kind' if path.exists() else 'does not exist'}; give scenes, a folder of "
         "pictures with .txt captions, a .jsonl, .csv or .tsv manifest, or .tar shards such as {000..099}.tar"

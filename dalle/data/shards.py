@@ -149,7 +149,7 @@ def _is_picture(name: str) -> bool:
 def _expand(pattern: str) -> list[Path]:
     """The archives that a path, a folder, a glob or a brace pattern means. Raises `DataError`."""
     paths = []
-    for name in _braces(pattern):
+    for name in [pattern] if os.path.exists(pattern) else _braces(pattern):
         if Path(name).is_dir():
             found = sorted(Path(name).glob("[!.]*.tar"))
         elif Path(name).is_file():

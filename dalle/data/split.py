@@ -15,8 +15,8 @@ HELDOUT_SEED = 0  # chooses the held-out pictures to measure on: the same for ru
 class Subset:
     """Some of the samples of a source, by number."""
 
-    def __init__(self, source: Source, indices: np.ndarray) -> None:
-        self.name = source.name
+    def __init__(self, source: Source, indices: np.ndarray, name: str) -> None:
+        self.name = name
         self.source = source
         self.indices = indices
         self.bad: list[BadSample] = getattr(source, "bad", [])  # what a source of archives lost on opening
@@ -54,7 +54,7 @@ def subset(source: KeyedSource, split: Split, heldout: float) -> Subset:
             f"{source.name}: none of {len(source)} samples is in the {split} split; give more pictures, or a "
             'column `split` with "train" in some rows and another word in others'
         )
-    return Subset(source, indices)
+    return Subset(source, indices, source.name if split == "train" else f"{source.name}, held out")
 
 
 def _draw(keys: list[str], fraction: float) -> np.ndarray:

@@ -110,7 +110,7 @@ def test_parts_that_do_not_fit_are_not_exported(dalle, run, tmp_path):
 def test_an_empty_folder(dalle, tmp_path):
     (tmp_path / "data").mkdir()
     line = complaint(dalle(*dvae(tmp_path / "run", "--data", tmp_path / "data")))
-    assert "no picture among 0 files; give a folder of pictures with a .txt" in line
+    assert "no picture among its files (none); give pictures with a .txt" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -141,6 +141,25 @@ def test_broken_pictures_that_are_held_out_are_named_too(dalle, tmp_path):
 def test_a_path_that_does_not_exist(dalle, tmp_path):
     line = complaint(dalle(*dvae(tmp_path / "run", "--data", tmp_path / "nowhere")))
     assert line.startswith(f"{tmp_path / 'nowhere'}: does not exist; give scenes, a folder of pictures")
+
+
+def test_data_that_were_moved_while_a_run_was_not_trained(dalle, tmp_path):
+    data, run = tiny.write_folder(tmp_path / "data"), tmp_path / "run"
+    assert dalle(*dvae(run, "--data", data)).code == 0
+    data.rename(tmp_path / "elsewhere")
+    line = complaint(dalle(*dvae(run, steps=9)))
+    assert line.startswith(f"{data}: does not exist; ")
+    assert line.endswith(f"if they have only moved, change data in {run / 'dvae' / 'config.json'}")
+
+
+def test_the_only_held_out_picture_is_broken(dalle, tmp_path):
+    data = tiny.write_folder(tmp_path / "data")
+    unseen = open_source(str(data), "heldout", 16, 0.0)
+    (bad,) = (unseen.source.keys[i] for i in unseen.indices)
+    (data / bad).write_bytes(b"no picture")
+    line = complaint(dalle(*dvae(tmp_path / "run", "--data", data, "--set", "heldout=0")))
+    assert line.startswith(f"{data}, held out: no readable picture among 1 tries; the first, {bad}: not a")
+    assert line.endswith("mend it or take it away")
 
 
 @pytest.mark.parametrize(

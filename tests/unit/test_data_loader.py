@@ -208,7 +208,9 @@ def test_nothing_readable_is_an_error_in_one_line(workers):
     )
     with pytest.raises(DataError) as caught:
         next(loader.batches())
-    assert str(caught.value) == "numbers: no readable picture among 7 tries; the first, 0: torn"
+    assert str(caught.value) == (
+        "numbers: no readable picture among 7 tries; the first, 0: torn; mend it or take it away"
+    )
     assert len(loader.skipped) == 7
     assert multiprocessing.active_children() == []
 

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import tarfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from dalle.data.folder import Folder
 from dalle.data.manifest import Manifest
-from dalle.data.open import open_source
+from dalle.data.open import open_source, open_splits
 from dalle.data.shards import Shards
 from dalle.data.source import BadSample, Source
 from dalle.errors import DataError
@@ -85,6 +86,25 @@ def test_captions_may_be_in_capitals_as_pictures_may(tmp_path):
     assert Folder(tmp_path)[0].captions == ("one",)
 
 
+def test_files_with_captions_that_are_no_pictures_we_read_are_told(tmp_path):
+    for name in ("a.png", "b.heic", "c.HEIC", "d.heic", "e.json"):
+        (tmp_path / name).write_bytes(png(1))
+    for name in ("a.txt", "b.txt", "c.TXT", "e.txt"):
+        (tmp_path / name).write_text("one")
+    folder = Folder(tmp_path)
+    assert folder.keys == ["a.png"]
+    assert [bad.key for bad in folder.bad] == ["b.heic", "c.HEIC"]  # without captions it was not meant
+    assert "save it as PNG or JPEG" in folder.bad[0].reason
+
+
+def test_a_folder_of_other_files_is_refused_with_their_kinds(tmp_path):
+    for name in ("a.heic", "b.HEIC", "a.txt", "LICENSE"):
+        (tmp_path / name).write_text("x")
+    expected = "no picture among its files (2 .heic, 1 without a suffix, 1 .txt); give pictures with a .txt"
+    with pytest.raises(DataError, match=re.escape(expected)):
+        Folder(tmp_path)
+
+
 def test_links_to_folders_are_followed_once(tmp_path):
     tiny.write_folder(tmp_path / "elsewhere")
     (tmp_path / "data").mkdir()
@@ -101,7 +121,7 @@ def test_pictures_beside_shards_are_not_left_out_in_silence(tmp_path):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(DataError, match="no picture among 0 files; give a folder of pictures") as caught:
+    with pytest.raises(DataError, match=r"no picture among its files \(none\); give pictures") as caught:
         open_source(str(tmp_path), "train", 8)
     assert one_line(caught)
 
@@ -394,6 +414,28 @@ def test_the_hash_splits_by_key_whatever_the_order_and_the_company(tmp_path):
     assert 20 < len(heldout) < 65  # 40 expected, standard deviation 6.3
     fewer = manifest(tmp_path / "f.jsonl", list(reversed(names[:1500])))
     assert keys(open_source(fewer, "heldout", 8)) == heldout & set(names[:1500])
+
+
+@pytest.mark.parametrize("name", ["photos.tar.d", "{a,b}", "{0..1}.tar"])
+def test_a_path_that_exists_means_itself(tmp_path, name):
+    """However much its name looks like an archive's or a pattern."""
+    folder = tiny.write_folder(tmp_path / name)
+    assert len(open_source(str(folder), "train", 8)) == 8
+    shards = tmp_path / name / "in"
+    shards.mkdir()
+    tar(shards / "{0,1}.tar", {f"{n}.{kind}": png(n) for n in range(2) for kind in ("png", "txt")})
+    assert len(open_source(str(shards / "{0,1}.tar"), "train", 8)) == 1
+    data = manifest(tmp_path / "list.tar.jsonl", "abc")
+    assert len(open_source(data, "train", 8)) == 2
+
+
+def test_both_splits_come_of_one_look_at_the_data(tmp_path, monkeypatch):
+    folder, looks = tiny.write_folder(tmp_path / "data"), []
+    monkeypatch.setattr("dalle.data.open.Folder", lambda path: looks.append(path) or Folder(path))
+    train, heldout = open_splits(str(folder), ("train", "heldout"), 8, 0.3)
+    assert looks == [folder]
+    assert sorted([*train.indices, *heldout.indices]) == list(range(9))
+    assert (train.name, heldout.name) == (str(folder), f"{folder}, held out")
 
 
 @pytest.mark.parametrize("heldout", [0.0, 1.0])

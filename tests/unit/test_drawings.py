@@ -110,7 +110,7 @@ def test_pictures_of_the_same_name_in_two_folders_keep_their_reconstructions(tmp
         (tmp_path / folder).mkdir()
         sources.append(tmp_path / folder / "same.png")
         sources[-1].write_bytes(tiny.png(i, (16, 16)))
-    paths = save_reconstructions(tmp_path / "out", tiny.dvae(), sources)
+    paths = list(save_reconstructions(tmp_path / "out", tiny.dvae(), sources))
     assert len(set(paths)) == 2
     lefts = [Image.open(path).crop((0, 0, 16, 16)).tobytes() for path in paths]
     assert lefts == [tiny.picture(i, (16, 16)).tobytes() for i in range(2)]
@@ -125,8 +125,22 @@ def test_a_picture_that_cannot_be_used_is_named(tmp_path, content, message):
     if content is not None:
         source.write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        save_reconstructions(tmp_path, tiny.dvae(), [source])
+        list(save_reconstructions(tmp_path, tiny.dvae(), [source]))
     assert str(source) in str(caught.value)
+
+
+def test_pictures_that_cannot_be_used_do_not_keep_others_from_being_reconstructed(tmp_path, capfd):
+    sources = [tmp_path / f"{i}.png" for i in range(4)]
+    for i in (1, 3):
+        sources[i].write_bytes(tiny.png(i, (16, 16)))
+    coming = save_reconstructions(tmp_path / "out", tiny.dvae(), sources)
+    for i in (1, 3):
+        path = next(coming)
+        assert path.name == f"{i}-reconstruction.png"
+        assert path.is_file()
+    with pytest.raises(DataError, match=r"2\.png: no such file"):
+        next(coming)
+    assert "0.png: no such file" in capfd.readouterr().err
 
 
 def test_a_preview_lasts_as_long_as_the_drawing(tmp_path):
@@ -203,7 +217,7 @@ def test_names_that_are_not_utf_8_are_written_readably(tmp_path):
     sources = [tmp_path / os.fsdecode(name) for name in (b"caf\xe9.png", b"caf\xe8.png")]
     for seed, source in enumerate(sources):
         source.write_bytes(tiny.png(seed, (16, 16)))
-    paths = save_reconstructions(tmp_path / "out", tiny.dvae(), sources)
+    paths = list(save_reconstructions(tmp_path / "out", tiny.dvae(), sources))
     assert [path.name for path in paths] == ["caf\\xe9-reconstruction.png", "caf\\xe8-reconstruction.png"]
     for path, name in zip(paths, ("caf\\xe9.png", "caf\\xe8.png"), strict=True):
         assert json.loads(path.with_suffix(".json").read_text())["image"] == str(tmp_path / name)
@@ -217,7 +231,9 @@ def test_reconstructions_of_two_calls_do_not_replace_each_other(tmp_path):
         (tmp_path / name).mkdir()
         sources.append(tmp_path / name / "a.png")
         sources[-1].write_bytes(tiny.png(len(sources), (40, 40)))
-    first, second, again = (save_reconstructions(tmp_path, model, [s])[0] for s in (*sources, sources[0]))
+    first, second, again = (
+        path for s in (*sources, sources[0]) for path in save_reconstructions(tmp_path, model, [s])
+    )
     assert [path.name for path in (first, second, again)] == [
         "a-reconstruction.png", "a-2-reconstruction.png", "a-reconstruction.png",
     ]  # fmt: skip

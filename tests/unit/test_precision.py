@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dalle import precision
 from dalle.errors import ConfigError
-from dalle.precision import arithmetic, choose, fp32_linear, products
+from dalle.precision import arithmetic, choose, fp32_linear, fp32_products, products
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -46,22 +46,40 @@ def test_products_run_in_the_chosen_type():
             assert (a @ a).dtype == dtype
 
 
-def test_fp32_products_beside_bf16_round_their_operands_on_a_cpu_and_only_there():
-    kinds = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+def fp32_switches():
+    """torch's: what fp32 products take on a GPU, and products and convolutions on a CPU."""
+    onednn = torch.backends.mkldnn
+    assert torch.get_float32_matmul_precision()  # an error where torch's older and newer switches disagree
+    return torch.backends.cuda.matmul.fp32_precision, onednn.matmul.fp32_precision, onednn.conv.fp32_precision
 
-    def found():
-        return [kind.fp32_precision for kind in kinds]
 
-    before = found()
-    with products("bf16", CPU):
-        assert found() == ["bf16", "bf16"]
-    assert found() == before
-    for name, device in (("fp32", CPU), ("fp16", CPU), ("bf16", CUDA)):
+def test_fp32_products_beside_16_bits_round_their_operands():
+    torch.set_float32_matmul_precision("highest")
+    before = fp32_switches()
+    assert not {"tf32", "bf16"} & {*before}
+    for name, device in (("bf16", CPU), ("bf16", CUDA), ("fp16", CUDA)):
         with products(name, device):
-            assert found() == before
+            assert fp32_switches() == ("tf32", "bf16", "bf16")
+            with fp32_products("ieee"):
+                assert fp32_switches() == ("ieee", "ieee", "ieee")
+            assert fp32_switches() == ("tf32", "bf16", "bf16")
+        assert fp32_switches() == before
+    for name, device in (("fp32", CPU), ("fp16", CPU), ("fp32", CUDA)):
+        with products(name, device):
+            assert fp32_switches() == before
     with pytest.raises(ZeroDivisionError), products("bf16", CPU):
         raise ZeroDivisionError
-    assert found() == before
+    assert fp32_switches() == before
+
+
+def test_what_a_program_has_set_for_fp32_products_comes_back():
+    try:
+        torch.set_float32_matmul_precision("high")
+        with fp32_products("ieee"):
+            pass
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def linear_with_gradients(layer, around):

@@ -150,7 +150,7 @@ def test_evaluating_rounds_nothing_where_training_does(tmp_path):
         return logits(pixels)
 
     task.model.logits = spied
-    with fp32_products("bf16"):
+    with fp32_products("rounded"):
         task.evaluate(0)
         assert (matmul.fp32_precision, conv.fp32_precision) == ("bf16", "bf16")
     assert seen == [("ieee", "ieee")]

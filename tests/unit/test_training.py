@@ -225,13 +225,17 @@ def test_what_an_evaluation_fails_on_costs_no_update(tmp_path, monkeypatch, unin
     assert_same(outcome(resumed), uninterrupted)
 
 
-def test_lost_weights_come_back_from_the_state(tmp_path):
+def test_lost_or_damaged_weights_come_back_from_the_state(tmp_path, capfd):
     assert Regression(tmp_path, config()).run()
     weights = tmp_path / "weights.safetensors"
     before = weights.read_bytes()
-    weights.unlink()
-    assert Regression(tmp_path, config()).run()
-    assert weights.read_bytes() == before
+    capfd.readouterr()
+    for damage in (weights.unlink, lambda: weights.write_bytes(before[:-1]), lambda: None):
+        damage()
+        damaged = not weights.exists() or weights.read_bytes() != before
+        assert Regression(tmp_path, config()).run()
+        assert weights.read_bytes() == before
+        assert ("written anew from the training state" in capfd.readouterr().err) == damaged
 
 
 def test_a_run_that_is_lengthened_ends_as_one_of_that_length(tmp_path, uninterrupted):
