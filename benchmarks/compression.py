@@ -28,8 +28,7 @@ from dalle.launch import launch
 from dalle.noise import keyed
 from dalle.pictures import to_pixels
 from dalle.pipeline import codes_of
-from dalle.text import Tokenizer
-from dalle.text import fit as fit_text
+from dalle.text import Tokenizer, cut_or_pad
 from dalle.training import LargeTraining
 from dalle.wiring import build, make_engine
 from stage2_prior.config import PriorConfig
@@ -54,7 +53,7 @@ def write_data(path: Path) -> None:
     samples = [source[i] for i in range(PICTURES)]
     pixels = torch.from_numpy(np.stack([centre_crop(s.image, codes.image_size) for s in samples]))
     grids = torch.cat([codes.encode(to_pixels(part)).flatten(1) for part in pixels.split(64)])
-    rows = [fit_text(tokenizer.encode(s.captions[0]), 19)[0] for s in samples]
+    rows = [cut_or_pad(tokenizer.encode(s.captions[0]), 19)[0] for s in samples]
     tokens = torch.from_numpy(np.stack(rows))
     torch.save({"codes": grids % FOLDED, "tokens": torch.where(tokens < 0, tokens, tokens % WORDS)}, path)
 

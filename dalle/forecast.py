@@ -7,7 +7,7 @@ weights in fp16. Activations are found by running a step on tensors without data
 
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,7 +28,7 @@ class Memory:
     gradients: float
     moments: float
     average: float
-    errors: float
+    errors: float  # what compression holds: error sums, projections, and the factors of an update
     activations: float
     buffers: float
 
@@ -61,7 +61,11 @@ def memory(
     halved = choice.weights == "fp16" and stage == 0
     held = held or footprint(model, choice.micro_batch, choice.recompute, precision, halved=halved)
     activations = held.partitioned if stage >= 2 else held.whole - 4 * n
-    errors = float(choice.factor_bytes) * matrices / (shards if stage else 1) if choice.rank else 0.0
+    errors = 0.0
+    if choice.rank:
+        low = low_rank(model, choice.rank, shards if stage == 3 else 1)
+        held_so = choice.factor_bytes * (matrices + low.projections)  # P and Q are fp32 until all are there
+        errors = (held_so + 4.0 * low.factors) / (shards if stage else 1)
     on_gpu = not (choice.offload and stage)
     four = choice.moments == "16bit" or choice.muon  # bytes of the moments of a matrix
     return Memory(
@@ -120,16 +124,24 @@ def compression(rank: int, width: int, shards: int) -> float:
     return 1 - rank * (shards + 2) / (2 * width * shards)
 
 
+class LowRank(NamedTuple):
+    """Numbers of a machine's resblocks' matrices where they are compressed."""
+
+    factors: int  # sent: P and Q
+    projections: int  # never sent: Q₀
+    plain: int  # sent in full
+
+
 @cache
-def low_rank(model: PriorConfig, rank: int, shards: int) -> tuple[int, int]:
-    """Numbers that a machine sends of the resblocks' matrices: of their factors, and of what is sent in full.
+def low_rank(model: PriorConfig, rank: int, shards: int) -> LowRank:
+    """What compressing gradients to a total rank makes of them.
 
     Each parameter is cut into so many equal runs, as ZeRO 3 cuts it; the paper cuts the second MLP matrix
     along its other side. ZeRO 1 and 2 cut all of them together and leave nearly every matrix whole: one run.
     """
     with torch.device("meta"):
         layer = Prior(replace(model, depth=1))
-    factors = plain = 0
+    factors = projections = plain = 0
     for name, stacked in layer.matrices().items():
         parameter = layer.get_parameter(name)
         run = -(-parameter.numel() // shards)
@@ -137,8 +149,9 @@ def low_rank(model: PriorConfig, rank: int, shards: int) -> tuple[int, int]:
             numel = min(run, parameter.numel() - offset)
             matrices = compressed(name, tuple(parameter.shape), offset, numel, rank, stacked)
             factors += sum(matrix.factors for matrix in matrices)
+            projections += sum(matrix.long * matrix.rank for matrix in matrices)
             plain += numel - sum(matrix.numel for matrix in matrices)
-    return model.depth * factors, model.depth * plain
+    return LowRank(model.depth * factors, model.depth * projections, model.depth * plain)
 
 
 @dataclass(frozen=True)
@@ -162,7 +175,7 @@ def traffic(model: PriorConfig, choice: Choice, cluster: Cluster) -> Traffic:
     ring = 2 * (machines - 1) / machines
     plain, kept = ring * 4.0 * n, 1.0
     if choice.rank:
-        factors, whole = low_rank(model, choice.rank, m if choice.stage == 3 else 1)
+        factors, _, whole = low_rank(model, choice.rank, m if choice.stage == 3 else 1)
         senders = m if choice.stage == 0 else 1  # nothing is shared out: every process sends all of it
         between = senders * ring * (choice.factor_bytes * factors + 4.0 * (whole + rest))
         kept = senders * (factors + whole) / matrices

@@ -17,7 +17,7 @@ from dalle.checkpoint import fingerprint, read_json
 from dalle.errors import CheckpointError, ConfigError, DataError
 from dalle.pictures import to_images
 from dalle.precision import Precision, best_device, choose, set_up
-from dalle.text import Tokenizer, fit
+from dalle.text import Tokenizer, cut_or_pad
 from stage1_dvae.model import DVAE
 from stage2_prior.codes import Codes
 from stage2_prior.decode import Decoder, Text
@@ -204,7 +204,7 @@ class TextToImage:
         for prompt in prompts:
             if not prompt.strip():
                 raise DataError("an empty prompt cannot be drawn; say what the picture should show")
-            row, was_cut = fit(self.tokenizer.encode(prompt.strip()), words)
+            row, was_cut = cut_or_pad(self.tokenizer.encode(prompt.strip()), words)
             if was_cut:
                 raise DataError(
                     f"the prompt {prompt[:40]!r}… has over {words} tokens, this model's limit; shorten it"

@@ -30,6 +30,7 @@ from dalle.minifloat import SIGNED
 from dalle.optim import full_shape
 from dalle.overlap import InTurn, Work, blocks, finished
 from dalle.piece import Piece
+from dalle.precision import fp32_products
 from dalle.wire import Wire
 
 SCALE = 2.0**-10  # of factors in 1-6-9 on the wire, which hold sums of up to 2^14 then, and down to 2^-50
@@ -287,7 +288,8 @@ class PowerSGD:
     def _timed(self, work: Work[None]) -> Work[None]:
         going = True
         while going:
-            with self._clock():
+            # As it is beside a backward pass that rounds its operands, so it is after that.
+            with self._clock(), fp32_products("ieee"):
                 going = next(work, self) is not self
             if going:
                 yield

@@ -45,7 +45,7 @@ def normalise(caption: str) -> str:
     return NORMALISER.normalize_str(_sound(caption))
 
 
-def fit(tokens: Sequence[int], length: int) -> tuple[Int64[np.ndarray, " length"], bool]:
+def cut_or_pad(tokens: Sequence[int], length: int) -> tuple[Int64[np.ndarray, " length"], bool]:
     """Tokens cut to `length`, or filled up with `NO_TOKEN`; and whether any were cut off."""
     array = np.full(length, NO_TOKEN, dtype=np.int64)
     kept = tokens[:length]

@@ -30,13 +30,15 @@ def partitioned(config: Training) -> bool:
     return topology().world > 1 and config.zero == 3
 
 
-def processes(config: Training) -> str:
+def processes_used(config: Training) -> str:
     """How many there are and what they partition, for a line that a person reads."""
     world = topology().world
     return f" · {world} processes, ZeRO {config.zero}" if world > 1 else ""
 
 
-def place(model: nn.Module, config: Training, layout: torch.memory_format = torch.contiguous_format) -> None:
+def to_device(
+    model: nn.Module, config: Training, layout: torch.memory_format = torch.contiguous_format
+) -> None:
     """Move a model to this process' device; in this layout, if the engine leaves the layout to us."""
     if partitioned(config):
         return  # it is there
@@ -58,11 +60,11 @@ def build(kind: Callable[[], M], config: Training) -> M:
         return kind()
     from dalle.zero import partitioned_from_birth
 
-    with partitioned_from_birth(shards(config).shards):
+    with partitioned_from_birth(topology_for(config).shards):
         return kind()
 
 
-def shards(config: Training) -> Topology:
+def topology_for(config: Training) -> Topology:
     """This process' place; its `shards` are its machine where gradients are compressed between machines.
 
     Raises:
@@ -83,7 +85,7 @@ def make_compression(config: Training, matrices: Mapping[str, int]) -> PowerSGD 
     """What compresses the gradients between machines, if these settings ask for it."""
     if not isinstance(config, LargeTraining) or not config.compression_rank:
         return None
-    here, whole = shards(config), topology().world == 1 or config.zero == 0
+    here, whole = topology_for(config), topology().world == 1 or config.zero == 0
     if whole and here.machines > 1 and here.local_world > 1:
         warn(
             f"with zero=0 each of the {here.local_world} processes of a machine exchanges the whole model's "
@@ -125,7 +127,7 @@ def make_engine(
         matrices: parameters whose moments may be held in 16 bits, whose gradients may be compressed, and that
             muon may train, with the number of matrices that lie below one another in each.
     """
-    here = shards(config)
+    here = topology_for(config)
     micro_batches = config.micro_batches(here.world)
     whole = here.world == 1 or config.zero == 0
     if not whole and config.offload != "none" and best_device().type == "cuda":

@@ -25,7 +25,7 @@ from dalle.runs import Options, Plan, begun, machine_preset, plan
 from dalle.schedules import cosine, warmup
 from dalle.states import newest_step, state_folders
 from dalle.training import Batch, Session, alone, fit
-from dalle.wiring import build, make_engine, make_loader, partitioned, place, precision_of, processes
+from dalle.wiring import build, make_engine, make_loader, partitioned, precision_of, processes_used, to_device
 from dalle.zero import whole
 from stage1_dvae.codebook import ALARM, CodebookWindow
 from stage1_dvae.config import PRESETS, DVAETraining
@@ -125,7 +125,7 @@ def prepare(options: Options) -> Session:
             (some,) = centred.some(needed, bar.show)
         with whole(model.parameters()):
             start_from_patches(model, to_pixels(some), config.seed)
-    place(model, config, torch.channels_last)  # faster everywhere
+    to_device(model, config, torch.channels_last)  # faster everywhere
     model.share_out()
     if config.recompute:
         model.recompute()
@@ -133,7 +133,7 @@ def prepare(options: Options) -> Session:
     say(
         f"dVAE: {run.folder} · preset {run.preset} · {parameter_count(model):,} parameters · "
         f"{size}×{size} pixels ↔ {run.model.grid}×{run.model.grid} codes of {run.model.vocab_size:,} · "
-        f"{len(source):,} pictures of {run.data} · {device.type} {precision}{processes(config)}"
+        f"{len(source):,} pictures of {run.data} · {device.type} {precision}{processes_used(config)}"
     )
     stage = Stage1(model, run, heldout.to(device))
     return Session(stage, engine, loader, run.folder, here, run.budget(), run.write)

@@ -57,7 +57,9 @@ def noise(seed: int, pictures: range, cells: int) -> Float[Tensor, "n cells"]:
     return torch.from_numpy(np.stack(rows))
 
 
-def choose(logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"], how: Sampling) -> Int[Tensor, " b"]:
+def choose_codes(
+    logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"], how: Sampling
+) -> Int[Tensor, " b"]:
     """Draw a code from each row: the one in whose share of [0, 1) the row's uniform number falls."""
     if how.temperature < COLD or how.top_k == 1:
         return logits.argmax(-1)
@@ -123,7 +125,7 @@ def draw(
             given, without = logits.chunk(2)
             logits = torch.lerp(without, given, how.guidance)
         sums.index_copy_(0, slot, logits.sum()[None])
-        codes.copy_(choose(logits, uniform.index_select(0, slot).view(-1), how))
+        codes.copy_(choose_codes(logits, uniform.index_select(0, slot).view(-1), how))
         slot.add_(1)
 
     def start_over() -> None:

@@ -29,11 +29,10 @@ from dalle.precision import DTYPES, Arithmetic, arithmetic, best_device
 from dalle.process import suit_computing
 from dalle.runs import Options, Plan, plan
 from dalle.schedules import Plateau, cosine, warmup
-from dalle.text import NO_TOKEN, Tokenizer
-from dalle.text import fit as fit_text
+from dalle.text import NO_TOKEN, Tokenizer, cut_or_pad
 from dalle.threads import Threads, cores
 from dalle.training import Batch, Session, alone, fit
-from dalle.wiring import build, make_engine, make_loader, partitioned, place, precision_of, processes
+from dalle.wiring import build, make_engine, make_loader, partitioned, precision_of, processes_used, to_device
 from dalle.zero import whole
 from stage2_prior import backends
 from stage2_prior.codes import Codes
@@ -134,7 +133,7 @@ def prepare(
         f"prior: {run.folder} · preset {run.preset} · {parameter_count(model):,} parameters · "
         f"{run.model.text_length} text + {run.model.cells} image tokens of {tokenizer.vocab_size:,} and "
         f"{run.model.image_vocab:,} · {len(source):,} pictures of {run.data} · {device.type} "
-        f"{precision}, {attention} attention{processes(config)}"
+        f"{precision}, {attention} attention{processes_used(config)}"
     )
     prompts = list(SCENE_PROMPTS) if run.data == "scenes" else _captions(unseen, SHOWN)
     stage = Stage2(model, run, codes, tokenizer, heldout, prompts, precision)
@@ -153,7 +152,7 @@ def _model(run: Plan, codes: Codes, coarse: Coarse | None, pictures: Callable[[]
         of, to = coarse.codes.grid, codes.grid
         say(f"prior: beginning with one over {of}×{of} codes, for {to}×{to}")
         grow(model, coarse, codes, pictures())
-    place(model, config)
+    to_device(model, config)
     # A partitioned layer would otherwise stay whole until its backward pass.
     model.recompute = config.recompute or partitioned(config)
     model.attend_by(config.attention)
@@ -239,7 +238,7 @@ def _prepare(
     """Pixels, tokens, whether the caption was cut, and which codes no slot will see."""
     pixels = stage2_crop(sample.image, size, rng)
     caption = sample.captions[int(rng.integers(len(sample.captions)))]
-    tokens, was_cut = fit_text(tokenizer.encode(caption, dropout=dropout, rng=rng), words)
+    tokens, was_cut = cut_or_pad(tokenizer.encode(caption, dropout=dropout, rng=rng), words)
     if left_out and rng.random() < left_out:
         tokens[:] = NO_TOKEN
     hidden = rng.random(cells) < hide if hide else np.zeros(cells, dtype=bool)
@@ -250,7 +249,7 @@ def prepare_plainly(
     sample: Sample, _: np.random.Generator, tokenizer: Tokenizer, size: int, words: int
 ) -> tuple[Tensor, Tensor]:
     """The middle of a sample's picture in 8 bits, and the tokens of its first caption."""
-    tokens, _cut = fit_text(tokenizer.encode(sample.captions[0]), words)
+    tokens, _cut = cut_or_pad(tokenizer.encode(sample.captions[0]), words)
     return torch.from_numpy(centre_crop(sample.image, size)), torch.from_numpy(tokens)
 
 
@@ -286,7 +285,7 @@ class Stage2:
         p = counts[counts > 0] / counts.sum()
         self.unigram_entropy = float((p * -p.log()).sum())
         self.prompts = prompts
-        rows = [fit_text(tokenizer.encode(prompt), run.model.text_length - 1)[0] for prompt in prompts]
+        rows = [cut_or_pad(tokenizer.encode(prompt), run.model.text_length - 1)[0] for prompt in prompts]
         self.prompt_tokens = torch.from_numpy(np.stack(rows)).to(self.heldout_tokens.device)
 
     def encode(self, pixels: Tensor) -> Tensor:

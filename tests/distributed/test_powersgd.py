@@ -12,6 +12,7 @@ from dalle.low_rank import Matrix, compressed
 from dalle.minifloat import SIGNED
 from dalle.overlap import InTurn
 from dalle.powersgd import PowerSGD
+from dalle.precision import fp32_products
 from tests.distributed.machines import on_machines
 
 pytestmark = pytest.mark.distributed
@@ -220,6 +221,21 @@ def test_means_found_before_all_gradients_are_there_are_the_same_bit_for_bit(mac
         for a, b in zip(after["receipts"], early["receipts"], strict=True):
             assert a.norm == pytest.approx(b.norm, rel=1e-6)
             assert (a.bytes, a.plain_bytes, a.cosine) == (b.bytes, b.plain_bytes, b.cosine)
+
+
+def test_factors_are_products_of_whole_operands_beside_a_pass_that_rounds_its_own():
+    """Or they would differ between updates that are exchanged early and those that are not."""
+    seen = []
+
+    def work():
+        seen.append(torch.get_float32_matmul_precision())
+        yield
+        seen.append(torch.get_float32_matmul_precision())
+
+    with fp32_products("rounded"):
+        for _ in PowerSGD(None, matrices={}, rank=1)._timed(work()):
+            seen.append(torch.get_float32_matmul_precision())
+    assert seen == ["highest", "medium", "highest"]
 
 
 @pytest.mark.parametrize(("case", "tolerance"), [("fp32", 1e-5), ("16bit", 2e-2)])

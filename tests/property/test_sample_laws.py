@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stage2_prior.sample import Sampling, choose, noise
+from stage2_prior.sample import Sampling, choose_codes, noise
 from tests import oracles, tiny
 
 shapes = st.fixed_dictionaries(
@@ -56,7 +56,7 @@ def test_the_choice_is_the_inverse_of_the_distribution_function(logits, u, how):
         logits = [x + i / 64 for i, x in enumerate(logits)]  # which of two equal ones is cut is left open
         if len(set(logits)) < len(logits):
             return
-    code = choose(torch.tensor([logits]), torch.tensor([u]), how).item()
+    code = choose_codes(torch.tensor([logits]), torch.tensor([u]), how).item()
     wanted = {
         oracles.pick(np.array(logits), near, temperature=how.temperature, top_k=how.top_k)
         for near in (u - 1e-6, u, u + 1e-6)
@@ -68,5 +68,5 @@ def test_the_choice_is_the_inverse_of_the_distribution_function(logits, u, how):
 def test_a_larger_number_never_draws_an_earlier_code(logits, lower, upper, how):
     lower, upper = sorted((lower, upper))
     row = torch.tensor([logits, logits])
-    first, second = choose(row, torch.tensor([lower, upper]), how).tolist()
+    first, second = choose_codes(row, torch.tensor([lower, upper]), how).tolist()
     assert first <= second

@@ -60,5 +60,5 @@ def test_a_folder_for_results_is_not_named_like_a_file(tmp_path, command):
     name = tmp_path / "star.PNG"
     done = dalle(*command, "--out", str(name), stdout=subprocess.PIPE)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: --out {name} is the name of a file; give a folder")
+    assert done.stderr.startswith(f"error: --out {name} is a name for a file; give a folder")
     assert not name.exists()

@@ -13,7 +13,7 @@ from dalle.cluster import Choice, Cluster, size_in_bytes
 from dalle.engine import Engine
 from dalle.errors import ConfigError
 from dalle.forecast import compression, cost, memory, paper_memory, traffic
-from dalle.low_rank import paper_rank
+from dalle.low_rank import compressed, paper_rank
 from dalle.optim import AdamW, Average
 from dalle.plan import cheaper, make_plan, propose
 from dalle.plan_report import facts, words
@@ -164,9 +164,31 @@ def test_the_format_of_what_is_compressed_counts():
         )
         for f in ("16bit", "fp32")
     )
-    assert plain.stages[3].errors == 2 * packed.stages[3].errors > 0
+    factors = 4 * forecast.low_rank(packed.model, 896, 8).factors / 8  # fp32 in either
+    sums = packed.stages[3].errors - factors
+    assert plain.stages[3].errors - factors == pytest.approx(2 * sums)
+    assert sums > 0
     assert plain.sent.between > packed.sent.between
     assert plain.sent.kept == packed.sent.kept
+
+
+@pytest.mark.parametrize(("stage", "factor_bytes"), [(0, 4), (2, 2), (3, 4)])
+def test_what_compression_holds_is_counted(stage, factor_bytes):
+    """Error sums and Q₀ in their format, P and Q of all matrices in fp32 until the update is made."""
+    config, rank, shards = PriorConfig(**PRIOR_SHAPE), 4, 2
+    model, held = Prior(config), 0
+    for name, stacked in model.matrices().items():
+        parameter = model.get_parameter(name)
+        numel = parameter.numel() // (shards if stage == 3 else 1)
+        for offset in range(0, parameter.numel(), numel):
+            for m in compressed(name, tuple(parameter.shape), offset, numel, rank, stacked):
+                q = m.projection(seed=0)
+                p = m.of(torch.zeros(m.numel)) @ q
+                held += factor_bytes * (m.numel + q.numel()) + 4 * (p.numel() + q.numel())
+    cluster = replace(V100S, gpus=2 * shards, per_machine=shards)
+    choice = Choice(stage, "fp32", False, 1, rank=rank, factor_bytes=factor_bytes)
+    counted = memory(config, choice, cluster, held=NOTHING).errors * (shards if stage else 1)
+    assert counted == pytest.approx(held, rel=0.02)  # whole matrices, but for odd rows of a share
 
 
 def test_weights_in_fp16_are_planned_whole_on_each_gpu():

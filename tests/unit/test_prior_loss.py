@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dalle.precision import arithmetic
 from dalle.runs import Plan
 from dalle.scenes.source import Scenes
-from dalle.text import fit
+from dalle.text import cut_or_pad
 from dalle.threads import Threads, using
 from stage2_prior import loss
 from stage2_prior.config import PRESETS, PriorTraining
@@ -165,7 +165,7 @@ def stage(tmp_path, model, precision="fp32", **settings) -> Stage2:
     )
     words = tiny.tokenizer()
     heldout = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
-    tokens = torch.from_numpy(fit(words.encode("red"), model.config.text_length - 1)[0]).repeat(2, 1)
+    tokens = torch.from_numpy(cut_or_pad(words.encode("red"), model.config.text_length - 1)[0]).repeat(2, 1)
     return Stage2(model, plan, dvae, words, (heldout, tokens), ["red"], precision)
 
 

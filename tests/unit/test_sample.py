@@ -10,7 +10,7 @@ import torch
 from dalle.errors import ConfigError
 from dalle.threads import using
 from stage2_prior.decode import Decoder
-from stage2_prior.sample import Sampling, choose, draw, noise, read
+from stage2_prior.sample import Sampling, choose_codes, draw, noise, read
 from tests import oracles, tiny
 
 
@@ -95,7 +95,7 @@ LN = torch.tensor([[0.1, 0.4, 0.0, 0.3, 0.2]]).log()  # code 2 is impossible
 
 
 def chosen(u: float, **how) -> int:
-    return choose(LN, torch.tensor([u]), Sampling(**how)).item()
+    return choose_codes(LN, torch.tensor([u]), Sampling(**how)).item()
 
 
 def test_each_code_has_its_share_of_the_interval():
@@ -112,22 +112,22 @@ def test_a_code_without_probability_is_never_drawn():
         logits = torch.tensor([values])
         possible = torch.softmax(logits, -1)[0] > 0
         for u in (0.0, 2**-24, 0.5, 1 - 2**-24, 1.0):
-            assert possible[choose(logits, torch.tensor([u]), Sampling())]
+            assert possible[choose_codes(logits, torch.tensor([u]), Sampling())]
     assert {chosen(u) for u in np.linspace(0, 1, 1001)} == {0, 1, 3, 4}
 
 
 def test_a_number_that_rounds_up_to_the_end_stays_within_the_codes():
     logits = torch.randn(1, 8192, generator=torch.Generator().manual_seed(0))
     for u in (1 - 2**-24, 1.0):
-        assert 0 <= choose(logits, torch.tensor([u]), Sampling()).item() < 8192
-        assert choose(logits, torch.tensor([u]), Sampling(top_k=1)).item() == logits.argmax()
+        assert 0 <= choose_codes(logits, torch.tensor([u]), Sampling()).item() < 8192
+        assert choose_codes(logits, torch.tensor([u]), Sampling(top_k=1)).item() == logits.argmax()
 
 
 def test_frequencies_follow_the_softmax():
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0, 1.1])
     grid = (torch.arange(10_000) + 0.5) / 10_000
     for temperature in (1.0, 0.5, 3.0):
-        drawn = choose(logits.expand(10_000, -1), grid, Sampling(temperature))
+        drawn = choose_codes(logits.expand(10_000, -1), grid, Sampling(temperature))
         shares = torch.bincount(drawn, minlength=5) / 10_000
         torch.testing.assert_close(shares, torch.softmax(logits / temperature, -1), rtol=0, atol=2e-4)
 
@@ -135,7 +135,7 @@ def test_frequencies_follow_the_softmax():
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 def test_of_equal_logits_no_more_than_k_are_kept(k):
     logits = torch.tensor([[1.0, 3, 3, 3, 3, 3, 0, 2]]).expand(1000, -1)
-    drawn = choose(logits, (torch.arange(1000) + 0.5) / 1000, Sampling(top_k=k))
+    drawn = choose_codes(logits, (torch.arange(1000) + 0.5) / 1000, Sampling(top_k=k))
     assert len(set(drawn.tolist())) == k
     assert set(drawn.tolist()) <= {1, 2, 3, 4, 5}
 
@@ -164,7 +164,7 @@ def test_temperatures_near_zero_take_the_likeliest_whatever_the_noise(temperatur
 )
 def test_cuts_keep_the_likeliest_codes_in_their_proportions(how, support):
     grid = (torch.arange(3000) + 0.5) / 3000
-    drawn = choose(LN.expand(3000, -1), grid, Sampling(**how))
+    drawn = choose_codes(LN.expand(3000, -1), grid, Sampling(**how))
     shares = torch.bincount(drawn, minlength=5) / 3000
     assert set(shares.nonzero()[:, 0].tolist()) == support
     kept = torch.tensor([code in support for code in range(5)])
@@ -174,9 +174,9 @@ def test_cuts_keep_the_likeliest_codes_in_their_proportions(how, support):
 
 def test_rows_are_cut_and_drawn_each_by_itself():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 0.0, 4.9]])
-    drawn = choose(logits, torch.tensor([0.999, 0.999]), Sampling(top_k=2))
+    drawn = choose_codes(logits, torch.tensor([0.999, 0.999]), Sampling(top_k=2))
     assert drawn.tolist() == [2, 2]
-    assert choose(logits, torch.tensor([0.999, 0.001]), Sampling(top_k=1)).tolist() == [1, 0]
+    assert choose_codes(logits, torch.tensor([0.999, 0.001]), Sampling(top_k=1)).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(

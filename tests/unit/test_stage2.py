@@ -12,7 +12,7 @@ from dalle.data.source import Sample
 from dalle.metrics import read_metrics
 from dalle.pipeline import codes_of
 from dalle.runs import Options, Plan
-from dalle.text import NO_TOKEN, fit, normalise
+from dalle.text import NO_TOKEN, cut_or_pad, normalise
 from dalle.training import fit as train
 from stage2_prior.codes import Codes
 from stage2_prior.config import PRESETS, PriorTraining
@@ -52,7 +52,7 @@ def stage(folder, training: PriorTraining = PAPER, codes: torch.Tensor | None = 
         lambda c: (c / 12)[:, None].expand(-1, 3, -1, -1), torch.eye(13), "0",
     )  # fmt: skip
     pixels = pictures_of(torch.zeros(2, 16) if codes is None else codes)
-    tokens = torch.from_numpy(fit(words.encode("red"), 6)[0]).repeat(len(pixels), 1)
+    tokens = torch.from_numpy(cut_or_pad(words.encode("red"), 6)[0]).repeat(len(pixels), 1)
     return Stage2(model, plan, dvae, words, (pixels, tokens), ["red"], "fp32")
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dalle.errors import CheckpointError, ConfigError, DataError
-from dalle.text import NO_TOKEN, Tokenizer, fit, normalise
+from dalle.text import NO_TOKEN, Tokenizer, cut_or_pad, normalise
 
 CAPTIONS = [
     "A motorcycle parked in a parking space next to another motorcycle.",
@@ -199,18 +199,18 @@ def test_dropout_needs_an_rng():
 
 
 def test_fit():
-    array, was_cut = fit([5, 6], 3)
+    array, was_cut = cut_or_pad([5, 6], 3)
     assert array.tolist() == [5, 6, NO_TOKEN]
     assert array.dtype == np.int64
     assert not was_cut
-    array, was_cut = fit([5, 6, 7], 2)
+    array, was_cut = cut_or_pad([5, 6, 7], 2)
     assert (array.tolist(), was_cut) == ([5, 6], True)
-    assert fit([5, 6], 2)[1] is False
-    assert fit([], 2)[0].tolist() == [NO_TOKEN, NO_TOKEN]
+    assert cut_or_pad([5, 6], 2)[1] is False
+    assert cut_or_pad([], 2)[0].tolist() == [NO_TOKEN, NO_TOKEN]
 
 
 def test_decode_passes_over_the_padding():
-    assert TOKENIZER.decode(fit(TOKENIZER.encode("a cat"), 99)[0].tolist()) == "a cat"
+    assert TOKENIZER.decode(cut_or_pad(TOKENIZER.encode("a cat"), 99)[0].tolist()) == "a cat"
 
 
 @pytest.mark.parametrize("token", [-2, 340])
