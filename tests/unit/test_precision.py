@@ -18,7 +18,7 @@ def test_on_a_cpu_what_is_asked_for_is_given(asked):
     assert choose(asked, CPU) == asked
 
 
-@pytest.mark.parametrize(("bf16", "chosen"), [(0.2, "bf16"), (0.6, "fp32"), (3.0, "fp32")])
+@pytest.mark.parametrize(("bf16", "chosen"), [(0.2, "bf16"), (0.6, "bf16"), (0.7, "fp32"), (3.0, "fp32")])
 def test_on_a_cpu_auto_is_measured(monkeypatch, bf16, chosen):
     monkeypatch.setattr(precision, "_seconds", {torch.float32: 1.0, torch.bfloat16: bf16}.get)
     assert choose("auto", CPU) == chosen
