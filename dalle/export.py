@@ -55,7 +55,8 @@ def _write_all(run: Path, prior: Prior, dvae: DVAE, out: Path) -> None:
 
 def _write(folder: Path, config: dict[str, Any], weights: Mapping[str, Tensor]) -> str:
     written = save_weights(folder, {name: _halved(tensor) for name, tensor in weights.items()})
-    write_json(folder / "config.json", config)
+    data = {"data": Path(config["data"]).name} if "data" in config else {}  # not where they lie here
+    write_json(folder / "config.json", {**config, **data})
     return written
 
 

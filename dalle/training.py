@@ -302,6 +302,11 @@ def fit(session: Session) -> bool:
                         _evaluate(session, step, log)
         topology.barrier()  # process 0 has written
     _name_skipped(topology.gather(loader.skipped))
+    if engine.dropped:
+        warn(
+            f"{task.label}: the gradient of the last {engine.dropped} updates was not finite, so they "
+            "changed nothing: another --run with a lower step size (--set lr=…) may do better"
+        )
     if step < config.steps:
         say(f"stopped after step {step:,} of {config.steps:,}, saved; the same command goes on from there")
     return step >= config.steps

@@ -38,6 +38,16 @@ def test_an_exported_run_has_plain_tables_of_16_bits(tmp_path):
     assert torch.equal(theirs.image_head.weight, table.half().float())
 
 
+def test_where_the_data_lay_is_not_handed_on(tmp_path):
+    run = tiny.write_run(tmp_path / "run")
+    for stage in ("dvae", "prior"):
+        path = run / stage / "config.json"
+        write_json(path, {**read_json(path), "data": "/home/someone/pictures/birds"})
+    export(run, tmp_path / "out")
+    for stage in ("dvae", "prior"):
+        assert read_json(tmp_path / "out" / stage / "config.json")["data"] == "birds"
+
+
 def test_numbers_too_large_for_16_bits_stay_in_32(tmp_path):
     """Biases of a dVAE that clustered flat pictures reach 150,000; infinities would choose other codes."""
     run = tiny.write_run(tmp_path / "run")

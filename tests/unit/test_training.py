@@ -1,5 +1,6 @@
 """The loop: what happens when, and that a stopped run goes on as if it had not been."""
 
+import math
 import os
 import shutil
 import signal
@@ -236,6 +237,17 @@ def test_lost_or_damaged_weights_come_back_from_the_state(tmp_path, capfd):
         assert Regression(tmp_path, config()).run()
         assert weights.read_bytes() == before
         assert ("written anew from the training state" in capfd.readouterr().err) == damaged
+
+
+def test_a_run_whose_last_updates_changed_nothing_says_so(tmp_path, capfd):
+    for name in ("nan", "fine"):
+        (tmp_path / name).mkdir()
+    task = Regression(tmp_path / "nan", config())
+    task.loss = lambda *_: (task.model.weight.sum() * math.nan, {"micro": torch.zeros(())})
+    assert task.run()
+    assert f"the gradient of the last {STEPS} updates was not finite" in capfd.readouterr().err
+    assert Regression(tmp_path / "fine", config()).run()
+    assert "not finite" not in capfd.readouterr().err
 
 
 def test_a_run_that_is_lengthened_ends_as_one_of_that_length(tmp_path, uninterrupted):
