@@ -25,14 +25,14 @@ def from_file(name: str, content: bytes, key: str) -> tuple[str, ...]:
 
 
 def from_fields(fields: Any) -> tuple[str, ...]:
-    """What stands under `caption` and `captions`, each a text or a list of texts.
+    """What stands under `caption` and `captions`, or else under `text`, each a text or a list of texts.
 
     Raises `ValueError` for a value of another kind, or if `fields` are no mapping.
     """
     if not isinstance(fields, Mapping):
         raise ValueError(f"{fields!r:.40} is not an object with named fields")
     found: list[str] = []
-    for name in ("caption", "captions"):
+    for name in ("caption", "captions") if {"caption", "captions"} & fields.keys() else ("text",):
         value = fields.get(name)
         texts = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(text, str) for text in texts):

@@ -17,11 +17,12 @@ SUFFIXES = (".jsonl", ".csv", ".tsv")
 
 
 class Manifest:
-    """The pictures that a `.jsonl`, `.csv` or `.tsv` lists under `image`, in its order.
+    """The pictures that a `.jsonl`, `.csv` or `.tsv` lists under `image` or `file_name`, in its order.
 
-    Captions stand under `caption` or `captions`, one or a list (in a table, as JSON); rows of the same image
-    are one sample. The key is the image's path as written, relative to the manifest. `held_out` tells which
-    samples the column `split` puts outside "train" in any of their rows; it is None without such a column.
+    Captions stand under `caption`, `captions` or `text`, one or a list (in a table, as JSON); rows of the
+    same image are one sample. The key is the image's path as written, relative to the manifest. `held_out`
+    tells which samples the column `split` puts outside "train" in any of their rows; it is None without such
+    a column.
 
     Raises `DataError` with the line number for a row that cannot be understood, and for an empty manifest.
     """
@@ -66,12 +67,10 @@ def _parse(row: Any, place: str) -> tuple[str, tuple[str, ...], str]:
         raise DataError(f"{place}: {row!r:.40} is not an object; write one object with `image` and `caption`")
     if None in row:  # where csv puts values beyond the last column
         raise DataError(f"{place}: more values than columns; quote texts that contain the separator")
-    image = row.get("image")
-    if not image or not isinstance(image, str) or not {"caption", "captions"} & row.keys():
+    image = row.get("image", row.get("file_name"))
+    if not image or not isinstance(image, str) or not {"caption", "captions", "text"} & row.keys():
         columns = ", ".join(row) or "none"
-        raise DataError(
-            f"{place}: columns {columns}; expected a path in `image`, and `caption` or `captions`"
-        )
+        raise DataError(f"{place}: columns {columns}; expected a path in `image`, and captions in `caption`")
     try:
         image.encode("utf-8", "surrogateescape")  # or its key could not be hashed
         return image, captions.from_fields(row), str(row.get("split") or "").strip().lower()

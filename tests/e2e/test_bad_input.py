@@ -163,12 +163,12 @@ def test_the_only_held_out_picture_is_broken(dalle, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("columns", "named"), [(("picture", "caption"), "picture, caption"), (("image", "text"), "image, text")]
+    ("columns", "named"), [(("picture", "caption"), "picture, caption"), (("image", "words"), "image, words")]
 )
 def test_a_manifest_without_one_of_its_columns(dalle, tmp_path, columns, named):
     data = tiny.write_csv(tmp_path / "data", columns)
     line = complaint(dalle(*dvae(tmp_path / "run", "--data", data)))
-    assert f"line 2: columns {named}; expected a path in `image`, and `caption` or `captions`" in line
+    assert f"line 2: columns {named}; expected a path in `image`, and captions in `caption`" in line
 
 
 def test_no_captions_at_all(dalle, tmp_path):

@@ -158,6 +158,20 @@ def test_a_manifest_unites_the_captions_of_an_image(tmp_path, name):
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.csv", "file_name,text\np/1.png,one\n"),
+        ("metadata.jsonl", '{"file_name": "p/1.png", "text": "one"}\n'),
+        ("metadata.jsonl", '{"file_name": "x.png", "image": "p/1.png", "text": "no", "caption": "one"}\n'),
+    ],
+)
+def test_columns_may_be_named_as_those_of_hugging_faces_image_folders(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    manifest = Manifest(tmp_path / name)
+    assert (manifest.keys, manifest.captions(0)) == (["p/1.png"], ("one",))
+
+
 @pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])
 def test_a_byte_order_mark_is_no_part_of_a_manifest(tmp_path, name):
     text = "image,caption\na.png,a cat\n" if name == "m.csv" else '{"image": "a.png", "caption": "a cat"}\n'
@@ -182,7 +196,7 @@ def test_a_caption_in_brackets_is_a_caption(tmp_path, caption):
         ("m.csv", "", "no rows"),
         ("m.csv", "image,caption\n", "no rows"),
         ("m.csv", "file,caption\na,b\n", "line 2: columns file, caption; expected a path in `image`"),
-        ("m.csv", "image,text\na,b\n", "line 2: columns image, text; expected"),
+        ("m.csv", "image,words\na,b\n", "line 2: columns image, words; expected"),
         ("m.csv", "image,caption\na,b\nc,red, green\n", "line 3: more values than columns"),
         ("m.csv", 'image,caption\na,"b\nc,d\n', "line 3: unexpected end of data"),
         ("m.tsv", 'image\tcaption\na\t"b" c\n', "line 2: "),
