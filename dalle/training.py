@@ -14,7 +14,7 @@ from torch import Tensor
 from dalle.budget import Budget, record
 from dalle.ceiling import gemm_rate
 from dalle.chart import draw_scales
-from dalle.checkpoint import replacing, sha256
+from dalle.checkpoint import read_json, replacing, sha256
 from dalle.config import setting
 from dalle.console import Bar, Stopwatch, duration, say, warn
 from dalle.data.loader import Loader
@@ -24,7 +24,7 @@ from dalle.errors import CheckpointError, ConfigError
 from dalle.metrics import MetricsLog, Window, read_metrics
 from dalle.precision import Precision
 from dalle.process import only_process, stop_signals
-from dalle.states import Saver, SharedState, newest_state
+from dalle.states import STATE, Saver, SharedState, newest_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -425,11 +425,11 @@ def _restore_weights(folder: Path, step: int) -> None:
     if not state.exists():
         return
     average = state / "average.safetensors"
-    if weights.exists() and sha256(weights) == sha256(average):
-        return
-    warn(f"{weights} was not that of step {step:,}; written anew from the training state")
-    with replacing(weights) as copy:
-        shutil.copyfile(average, copy)
+    written: str = read_json(state / STATE)["sha256"][average.name]
+    if not weights.exists() or sha256(weights) != written:
+        warn(f"{weights} was not that of step {step:,}; written anew from the training state")
+        with replacing(weights) as copy:
+            shutil.copyfile(average, copy)
 
 
 def _name_skipped(skipped: Sequence[dict[str, str]]) -> None:
