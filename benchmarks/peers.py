@@ -198,7 +198,7 @@ def run(folder: Path, names: list[str], others: list[str], rounds: int, out: Pat
     from dalle.ceiling import gemm_rate
     from dalle.precision import choose
     from dalle.process import suit_computing
-    from stage2_prior.model import matrix_flops
+    from stage2_prior.flops import matrix_flops
 
     suit_computing()
     device = torch.device("cpu")

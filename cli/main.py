@@ -366,7 +366,10 @@ def bench(
     """Measure how fast this machine trains, draws, encodes and reads, beside its limits: 2 minutes."""
     from dalle.bench import bench as measure
     from dalle.bench import report
+    from dalle.checkpoint import refuse_unwritable
 
+    if out is not None:
+        refuse_unwritable(out)
     result = measure()
     if json:
         _echo_json(result)
@@ -400,9 +403,9 @@ def plan(
 
     if (data is None) != (hours is None):
         raise DalleError("--data and --hours go together: both are needed to propose a run")
-    if hours is not None and (preset or settings):
+    if hours is not None and (preset or settings or zero is not None or rank is not None):
         raise DalleError(
-            "--data and --hours propose a preset and settings: leave out --preset and --set, "
+            "--data and --hours propose what to train and how: leave out --preset, --set, --zero and --rank, "
             "or plan with these alone"
         )
     device = best_device()

@@ -37,9 +37,9 @@ from stage2_prior import backends
 from stage2_prior.config import PRESETS as PRIOR_PRESETS
 from stage2_prior.config import PriorConfig, PriorTraining
 from stage2_prior.decode import Decoder
+from stage2_prior.flops import matrix_flops as prior_flops
 from stage2_prior.loss import losses
 from stage2_prior.model import Prior
-from stage2_prior.model import matrix_flops as prior_flops
 from stage2_prior.sample import Sampling, draw, noise, read
 
 LEAST = 5  # runs of everything; the median counts
@@ -109,9 +109,8 @@ def report(result: dict[str, Any], folder: Path | None, *, quiet: bool = False) 
     if folder is None:
         return None
     path = folder / f"bench-{result['date'][:16].replace(':', '-')}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
-    with path.with_suffix(".txt").open("w") as file:
+    with path.with_suffix(".txt").open("w", encoding="utf-8") as file:
         Console(file=file, width=110).print(table)
     return path
 

@@ -17,7 +17,7 @@ class Cluster:
         memory: bytes of one GPU.
         within: bytes a second that a GPU sends to others of its machine.
         between: bytes a second that a machine sends to other machines.
-        rate: multiplications and additions a second of one GPU's matrix products.
+        rate: FLOP/s of one GPU's matrix products.
     """
 
     gpus: int

@@ -183,7 +183,8 @@ def joined(asked: int | None = None) -> Iterator[Topology]:
         asked: how many processes the user asked for on each machine, if any.
 
     Raises:
-        ConfigError: they are as many as started, there are more than GPUs, or no way leads to the others.
+        ConfigError: others than `asked` were started on this machine, there are fewer GPUs than processes, or
+            nothing tells where the processes meet.
     """
     global _current
     rank, world, local_rank, local_world = place() if launched() else (0, 1, 0, 1)
@@ -232,7 +233,7 @@ def gpu_of(local_rank: int, local_world: int, gpus: int, environ: Mapping[str, s
     if gpus == 1 and "RANK" not in environ:  # Slurm may show each task its own one alone
         return 0
     if local_rank >= gpus:
-        raise ConfigError(f"{local_world} processes on a machine of {gpus} GPUs: start as many")
+        raise ConfigError(f"{local_world} processes on a machine of {gpus} GPUs: start at most {gpus}")
     return local_rank
 
 

@@ -108,8 +108,9 @@ class Engine:
     def update(self, lr: float, step: int) -> dict[str, float]:
         """Apply the gathered gradient as update number `step` (counted from 1).
 
-        Returns the gradient's norm before clipping. An update with a non-finite gradient is dropped:
-        weights and moments stay as they are.
+        Returns what to log: the gradient's norm before clipping, the updates dropped in a row, and what
+        compression tells. An update with a non-finite gradient is dropped: weights and moments stay as they
+        are.
 
         Raises:
             DalleError: the gradient was non-finite `PATIENCE` times in a row, or `PATIENCE_WITH_SCALES` times

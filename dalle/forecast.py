@@ -16,7 +16,8 @@ from dalle.low_rank import compressed
 from dalle.overlap import BLOCK
 from dalle.zero import BUCKET, LIVE
 from stage2_prior.config import PriorConfig, PriorTraining
-from stage2_prior.footprint import Footprint, flops, footprint, parameters
+from stage2_prior.flops import flops
+from stage2_prior.footprint import Footprint, footprint, parameters
 from stage2_prior.model import Prior
 
 
@@ -52,12 +53,7 @@ def memory(
     matrices, rest = parameters(model)
     n, stage = matrices + rest, choice.stage if cluster.gpus > 1 else 0
     shards = cluster.gpus if not choice.rank else cluster.gpus // cluster.machines
-    share = (
-        [1, 1, 1, 1]
-        if stage == 0
-        else [shards if stage >= 3 else 1, shards if stage >= 2 else 1, shards, shards]
-    )
-    of_weights, of_gradients, of_moments, of_average = share
+    of_weights, of_gradients, of_moments = (shards if stage >= least else 1 for least in (3, 2, 1))
     halved = choice.weights == "fp16" and stage == 0
     held = held or footprint(model, choice.micro_batch, choice.recompute, precision, halved=halved)
     activations = held.partitioned if stage >= 2 else held.whole - 4 * n
@@ -65,7 +61,7 @@ def memory(
     if choice.rank:
         low = low_rank(model, choice.rank, shards if stage == 3 else 1)
         held_so = choice.factor_bytes * (matrices + low.projections)  # P and Q are fp32 until all are there
-        errors = (held_so + 4.0 * low.factors) / (shards if stage else 1)
+        errors = (held_so + 4.0 * low.factors) / of_moments
     on_gpu = not (choice.offload and stage)
     four = choice.moments == "16bit" or choice.muon  # bytes of the moments of a matrix
     return Memory(
@@ -73,7 +69,7 @@ def memory(
         + (4 * n / of_moments if stage and on_gpu else 0),
         gradients=4 * n / of_gradients,
         moments=(4 * matrices + 8 * rest if four else 8 * n) / of_moments if on_gpu else 0.0,
-        average=4 * n / of_average if on_gpu else 0.0,
+        average=4 * n / of_moments if on_gpu else 0.0,
         errors=errors,
         activations=float(max(0, activations)),
         buffers=_buffers(model, n, stage, cluster),
@@ -180,8 +176,8 @@ def traffic(model: PriorConfig, choice: Choice, cluster: Cluster) -> Traffic:
         between = senders * ring * (choice.factor_bytes * factors + 4.0 * (whole + rest))
         kept = senders * (factors + whole) / matrices
     else:
-        # Without it ZeRO partitions over all machines: stage 3 also gathers the weights across them.
-        between = plain * {0: 1.0, 1: 1.5, 2: 1.5, 3: 1.5}[choice.stage]
+        # Without it ZeRO partitions over all machines, and weights are gathered across them too.
+        between = plain * (1.5 if choice.stage else 1.0)
     return Traffic(within, between, plain, kept, within / cluster.within, between / cluster.between)
 
 
@@ -201,7 +197,7 @@ def cost(model: PriorConfig, training: PriorTraining, choice: Choice, cluster: C
 
     Traffic within a machine runs beside the products; only what is longer than they are is waited for.
     """
-    of_step = flops(model, choice.recompute) * training.batch_size
+    of_step = float(flops(model, choice.recompute) * training.batch_size)
     compute = of_step / cluster.gpus / cluster.rate
     sent = traffic(model, choice, cluster)
     step = max(compute, sent.within_seconds) + sent.between_seconds

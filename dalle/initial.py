@@ -1,10 +1,11 @@
 """Random weights at the start: the same for the same seed on any device, in any number of processes."""
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+
+from dalle.zero import whole
 
 
 def draw_seed() -> int:
@@ -19,13 +20,11 @@ def draw_weights(spreads: Iterable[tuple[Tensor, float]], seed: int) -> None:
     Parameters on the meta device are left alone; of partitioned ones, never more than one is whole. Every
     process draws the same: which one's numbers are kept depends on how the model is partitioned.
     """
-    from dalle.zero import whole  # which drawing, where nothing is partitioned, need not load
-
     generator = torch.Generator().manual_seed(seed)
     for parameter, spread in spreads:
         if parameter.is_meta:
             continue
-        with whole([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
+        with whole([parameter]):
             if spread == 0:
                 parameter.zero_()
             else:

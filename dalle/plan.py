@@ -15,7 +15,8 @@ from dalle.forecast import Cost, Memory, Traffic, cost, memory, paper_memory, tr
 from dalle.low_rank import paper_rank
 from stage1_dvae.config import PRESETS as DVAE_PRESETS
 from stage2_prior.config import PRESETS, PriorConfig, PriorTraining
-from stage2_prior.footprint import Footprint, flops, footprint, parameters
+from stage2_prior.flops import flops
+from stage2_prior.footprint import Footprint, footprint, parameters
 
 TOKENS_PER_PARAMETER = 20  # of training, where the data allows (Hoffmann et al. 2022)
 NOTHING = Footprint(0, 0)  # what is needed whatever a pass holds

@@ -67,7 +67,7 @@ class Scaling:
     Args:
         model: has `resblocks()`.
         micro_batches: what the loss is divided by before the backward pass; the scales make up for it.
-        dtype: of the matrix products; another one than fp16 is for tests.
+        dtype: of the matrix products; another one than fp16 shows what does not depend on it.
     """
 
     def __init__(self, model: nn.Module, micro_batches: int = 1, dtype: torch.dtype = torch.float16) -> None:

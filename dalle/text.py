@@ -22,6 +22,7 @@ import tokenizers
 from jaxtyping import Int64
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
+from dalle.checkpoint import replacing
 from dalle.errors import CheckpointError, ConfigError, DataError
 
 BYTES = 256
@@ -175,14 +176,8 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`, whole or not at all. Raises `CheckpointError` if it cannot be written."""
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_text(self._library.to_str(pretty=True), encoding="utf-8")
-            os.replace(unfinished, path)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise CheckpointError(f"{path}: the tokenizer cannot be written: {error.strerror}") from error
+        with replacing(path) as partial:
+            partial.write_text(self._library.to_str(pretty=True), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":

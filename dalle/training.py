@@ -101,7 +101,8 @@ class Training:
         share, rest = divmod(self.batch_size, processes)
         if rest:
             raise ConfigError(
-                f"batch_size={self.batch_size} is that of all {processes} processes, so it must be a multiple"
+                f"batch_size={self.batch_size} is that of all {processes} processes: it must be a multiple of "
+                "their number"
             )
         largest = self.micro_batch or share
         return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= largest)

@@ -21,6 +21,7 @@ from dalle.powersgd import PowerSGD
 from dalle.precision import Arithmetic, best_device, choose
 from dalle.scaling import Scaling
 from dalle.training import LargeTraining, Training
+from dalle.zero import ZeroEngine, partitioned_from_birth
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -58,8 +59,6 @@ def build(kind: Callable[[], M], config: Training) -> M:
     torch.manual_seed(config.seed)
     if not partitioned(config):
         return kind()
-    from dalle.zero import partitioned_from_birth
-
     with partitioned_from_birth(topology_for(config).shards):
         return kind()
 
@@ -158,8 +157,6 @@ def make_engine(
     if whole:
         engine = partial(Engine, model, optimizer, Average(model.parameters(), *ema))
     else:
-        from dalle.zero import ZeroEngine
-
         engine = partial(
             ZeroEngine, model, optimizer, ema=ema,
             stage=config.zero, micro_batches=micro_batches, offload=config.offload,

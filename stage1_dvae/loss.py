@@ -31,7 +31,7 @@ class Elbo:
     subpixels: int
 
     def loss(self, beta: float, usage_weight: float = 0.0) -> Tensor:
-        """NLL + (β / r)·KL, where r is subpixels per position: 192 at the paper's geometry."""
+        """NLL + (β·KL + w·usage) / r, where r is subpixels per position: 192 at the paper's geometry."""
         ratio = self.subpixels / self.positions
         return self.nll + (beta * self.kl + usage_weight * self.usage) / ratio
 

@@ -1,4 +1,4 @@
-"""How much memory and arithmetic a training step of the prior takes, found without taking it.
+"""How much memory a training step of the prior takes, found without taking it.
 
 The step itself runs on tensors without data, and what it holds at any time is added up. So the answer is that
 of the code as it stands, for any device and any size of the model.
@@ -23,12 +23,11 @@ from dalle.piece import gradient_of
 from dalle.precision import Arithmetic, arithmetic
 from stage2_prior.code_vectors import WIDENING
 from stage2_prior.config import Backend, PriorConfig
+from stage2_prior.flops import LAYER
 from stage2_prior.loss import AT_ONCE, cross_entropy
-from stage2_prior.masks import kinds, visible
 from stage2_prior.model import Prior
 
 SHALLOW, DEEP = 4, 8  # layers that are tried where a model has more: the masks repeat after four
-LAYER = 12  # a layer has so many times width² numbers in its matrices
 
 
 @dataclass(frozen=True)
@@ -173,20 +172,3 @@ def parameters(config: PriorConfig) -> tuple[int, int]:
         LAYER * c.width**2 * c.depth,
         vectors + tables * c.width + c.text_vocab + c.image_vocab + shared,
     )
-
-
-def flops(config: PriorConfig, recompute: bool) -> float:
-    """Multiplications and additions of one picture's training: matrix products, and attention where allowed.
-
-    Twice per weight and token going forward, four times going backward, and twice again where activations are
-    recomputed.
-    """
-    c = config
-    per_token = 2.0 * LAYER * c.width**2 * c.depth
-    seen = 0.0  # keys over all queries and layers
-    for kind in set(kinds(c.depth)):
-        image = sum(len(cells) for cells in visible(kind, c.grid, c.kernel)) + c.cells * c.text_length
-        seen += kinds(c.depth).count(kind) * (image + c.text_length * (c.text_length + 1) / 2)
-    layers = per_token * c.length + 4.0 * c.width * seen
-    heads = 2.0 * c.width * (c.text_vocab * c.text_length + c.image_vocab * c.cells)
-    return layers * (4 if recompute else 3) + heads * 3

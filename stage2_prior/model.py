@@ -8,7 +8,6 @@ Source: paper, §2.2 and App. B.1.
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
@@ -31,7 +30,7 @@ from stage2_prior.attention import Attention
 from stage2_prior.backends import BACKENDS
 from stage2_prior.code_vectors import CodeVectors, principal_components
 from stage2_prior.config import Backend, PriorConfig
-from stage2_prior.masks import Kind, dense, kinds
+from stage2_prior.masks import Kind, kinds
 
 HEAD_SPREAD = 0.1  # of the logits at the start where the head does not begin at 0 (see `start_from`)
 SPREAD = 0.125  # variance of weights × fan-in, as in Sparse Transformers, which the paper follows
@@ -283,17 +282,3 @@ def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
 def _in_fp32(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     with as_they_are(states.device):
         return F.linear(states.float(), weight.float(), bias.float())
-
-
-def matrix_flops(config: PriorConfig, words: int = 0) -> int:
-    """Of one picture's forward pass, two for a multiplication and an addition.
-
-    Counted is what the model asks for: attention over the slots that the masks allow, the image head at
-    image slots, the text head at `words` text tokens. What a form of attention computes besides is not.
-    """
-    c = config
-    layers_of = Counter(kinds(c.depth))
-    pairs = sum(n * int(dense(kind, c.text_length, c.grid, c.kernel).sum()) for kind, n in layers_of.items())
-    layers = c.depth * 12 * c.width**2 * c.length
-    heads = c.width * (c.cells * c.image_vocab + words * c.text_vocab)
-    return 2 * (layers + 2 * c.width * pairs + heads)

@@ -38,9 +38,10 @@ from stage2_prior import backends
 from stage2_prior.codes import Codes
 from stage2_prior.config import PRESETS, Backend, PriorTraining
 from stage2_prior.decode import Decoder
+from stage2_prior.flops import matrix_flops
 from stage2_prior.grow import PICTURES, Coarse, grow
 from stage2_prior.loss import losses
-from stage2_prior.model import Prior, matrix_flops
+from stage2_prior.model import Prior
 from stage2_prior.sample import Sampling, draw, noise, read
 
 SHOWN = 8  # prompts drawn at every evaluation

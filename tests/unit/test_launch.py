@@ -205,9 +205,9 @@ def test_a_process_takes_the_gpu_of_its_number_or_the_one_that_slurm_shows_it(lo
 
 
 def test_more_processes_than_gpus_are_refused():
-    with pytest.raises(ConfigError, match="2 processes on a machine of 1 GPUs: start as many"):
+    with pytest.raises(ConfigError, match="2 processes on a machine of 1 GPUs: start at most 1"):
         gpu_of(1, 2, 1, TORCHRUN)
-    with pytest.raises(ConfigError, match="4 processes on a machine of 2 GPUs: start as many"):
+    with pytest.raises(ConfigError, match="4 processes on a machine of 2 GPUs: start at most 2"):
         gpu_of(3, 4, 2, SLURM)
 
 

@@ -18,7 +18,8 @@ from dalle.optim import AdamW, Average
 from dalle.plan import cheaper, make_plan, propose
 from dalle.plan_report import facts, words
 from stage2_prior.config import PRESETS, PriorConfig
-from stage2_prior.footprint import Footprint, _try, flops, footprint, parameters
+from stage2_prior.flops import flops
+from stage2_prior.footprint import Footprint, _try, footprint, parameters
 from stage2_prior.loss import losses
 from stage2_prior.model import Prior
 from tests.tiny import PRIOR_SHAPE

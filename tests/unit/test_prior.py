@@ -11,8 +11,9 @@ from torch import Tensor
 from dalle.errors import ConfigError
 from stage2_prior.attention import Attention
 from stage2_prior.config import PRESETS, PriorConfig, PriorTraining
+from stage2_prior.flops import matrix_flops
 from stage2_prior.loss import losses
-from stage2_prior.model import MLP, Prior, matrix_flops
+from stage2_prior.model import MLP, Prior
 from tests import oracles, tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # fp32 against float64, logits of about 10
