@@ -32,7 +32,7 @@ from dalle.text import Tokenizer, cut_or_pad
 from dalle.training import LargeTraining
 from dalle.wiring import build, make_engine
 from stage2_prior.config import PriorConfig
-from stage2_prior.loss import losses
+from stage2_prior.loss import losses, weighted
 from stage2_prior.model import Prior
 
 STEPS, BATCH, PICTURES, FOLDED, WORDS = 300, 8, 2048, 64, 128
@@ -79,7 +79,7 @@ def train(data: dict[str, torch.Tensor], feedback: bool = True, **changes: Any) 
         random = keyed(torch.device("cpu"), 1, step)
         mine = torch.randint(PICTURES, (BATCH,), generator=random)[here.rank :: here.world]
         text, image = engine.run(losses, model, data["tokens"][mine], data["codes"][mine])
-        loss = text / 8 + image * 7 / 8
+        loss = weighted(text, image)
         engine.backward(loss, 1)
         receipt = engine.update(LR * min(1.0, (step + 1) / WARM), step + 1)
         found.append({**receipt, "loss": here.mean({"loss": loss.item()})["loss"]})
@@ -114,14 +114,14 @@ def main(out: Path) -> None:
         arguments = ["-m", "benchmarks.compression", "work", str(data), str(results)]
         assert launch(2, arguments, [sys.executable], machines=2) == 0
         runs = json.loads(results.read_text())
-    losses = {name: [line["loss"] for line in run["lines"]] for name, run in runs.items()}
-    plainly = losses["averaged in full"]
-    drawn = curves({name: above(values, plainly) for name, values in losses.items()})
+    curves_of = {name: [line["loss"] for line in run["lines"]] for name, run in runs.items()}
+    plainly = curves_of["averaged in full"]
+    drawn = curves({name: above(values, plainly) for name, values in curves_of.items()})
     title = f"Training loss, % above averaging in full (means of {LAST} updates)"
     out.write_text(svg(drawn, title, width=560, height=260), encoding="utf-8")
     full = statistics.mean(plainly[-LAST:])
     for name, run in runs.items():
-        loss, last = statistics.mean(losses[name][-LAST:]), run["lines"][-1]
+        loss, last = statistics.mean(curves_of[name][-LAST:]), run["lines"][-1]
         cosines = [line["between_cosine"] for line in run["lines"] if "between_cosine" in line]
         plain = [line["between_plain_seconds"] for line in run["lines"] if "between_plain_seconds" in line]
         reduction = statistics.median(line["between_seconds"] for line in run["lines"][START:])

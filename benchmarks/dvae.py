@@ -61,7 +61,7 @@ def plain(model: DVAE, pixels: torch.Tensor) -> Callable[[], None]:
 
     def step() -> None:
         logits = model.logits(pixels)
-        decoded = model.decoded(F.gumbel_softmax(logits, TAU, dim=1))
+        decoded = model.decoder(F.gumbel_softmax(logits, TAU, dim=1))
         log_q = F.log_softmax(logits, dim=1)
         uniform = torch.tensor(1 / log_q.shape[1], device=log_q.device).log()
         kl = F.kl_div(uniform, log_q, reduction="none", log_target=True).sum(1).mean()
@@ -84,7 +84,7 @@ def networks(model: DVAE, pixels: torch.Tensor) -> Callable[[], None]:
     parameters = list(model.parameters())
 
     def of_some(pixels: torch.Tensor) -> torch.Tensor:
-        return model.decoded(model.logits(pixels)).float().mean((1, 2, 3))
+        return model.decoder(model.logits(pixels)).float().mean((1, 2, 3))
 
     def step() -> None:
         with arithmetic(precision, device):

@@ -13,15 +13,14 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+from dalle.launch import DALLE
 from dalle.metrics import read_metrics
-from dalle.states import newest_state, state_folders
+from dalle.states import newest_state, newest_step
 
-DALLE = [sys.executable, "-c", "from cli.main import main; main()"]
 SMALL = "workers=0 eval_pictures=3 batch_size=4 precision=fp32 save_every=1 log_every=1 eval_every=100000"
 DVAE = "image_size=16 hidden=12 codebook_width=12 blocks_per_group=1 patch=4 vocab_size=16"
 PRIOR = "width=12 heads=3 depth=3 text_length=29 bpe_vocab=290 bpe_captions=50"
@@ -31,11 +30,6 @@ def command(kind: str, run: Path, steps: int, settings: str, *more: str) -> list
     """A training command."""
     chosen = [part for text in f"{SMALL} {settings}".split() for part in ("--set", text)]
     return [*DALLE, kind, "--preset", "tiny", "--run", str(run), "--steps", str(steps), *chosen, *more]
-
-
-def newest_step(folder: Path) -> int:
-    """The step of the newest state; 0 without any."""
-    return next((int(path.name[5:]) for path in state_folders(folder)), 0)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from dalle.low_rank import paper_rank
 from dalle.training import LargeTraining
 from dalle.wiring import build, make_engine
 from stage2_prior.config import PriorConfig
-from stage2_prior.loss import losses
+from stage2_prior.loss import losses, weighted
 from stage2_prior.model import Prior
 
 SHAPE = PriorConfig(text_length=32, text_vocab=128, image_vocab=128, grid=12, depth=8, width=512, heads=8)
@@ -73,8 +73,7 @@ def update(engine: Engine, tokens: torch.Tensor, codes: torch.Tensor, step: int)
     """The seconds of one."""
     dist.barrier()
     began = time.perf_counter()
-    text, image = engine.run(losses, engine.model, tokens, codes)
-    engine.backward(text / 8 + image * 7 / 8, 1)
+    engine.backward(weighted(*engine.run(losses, engine.model, tokens, codes)), 1)
     engine.update(1e-4, step)
     return time.perf_counter() - began
 

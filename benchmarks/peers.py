@@ -96,7 +96,7 @@ def ours(shape: tuple[int, ...], precision: str) -> Callable[[], None]:
     from dalle.optim import AdamW, Average
     from dalle.threads import Threads, cores
     from stage2_prior import backends
-    from stage2_prior.loss import losses
+    from stage2_prior.loss import losses, weighted
     from stage2_prior.model import Prior
 
     text, words, codes, grid, *_, batch = shape
@@ -112,8 +112,8 @@ def ours(shape: tuple[int, ...], precision: str) -> Callable[[], None]:
 
     def step() -> None:
         with engine.arithmetic():
-            text_loss, image_loss = losses(model, tokens, picture, threads=threads)
-        engine.backward(text_loss / 8 + 7 * image_loss / 8, 1)
+            loss = weighted(*losses(model, tokens, picture, threads=threads))
+        engine.backward(loss, 1)
         engine.update(1e-4, 1)
 
     return step

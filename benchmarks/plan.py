@@ -19,7 +19,7 @@ from dalle.optim import AdamW, Average
 from dalle.packed import PackedAdamW
 from dalle.scaling import Scaling
 from stage2_prior.config import PriorConfig
-from stage2_prior.loss import AT_ONCE, losses
+from stage2_prior.loss import AT_ONCE, losses, weighted
 from stage2_prior.model import Prior
 
 SMALL = PriorConfig(text_length=32, text_vocab=512, image_vocab=512, grid=16, depth=4, width=128, heads=4)
@@ -60,8 +60,7 @@ def train(
     codes = torch.randint(config.image_vocab, (batch, config.cells))
     for step in (1, 2):
         with engine.arithmetic():
-            text, image = losses(model, tokens, codes)
-            loss = text / 8 + image * 7 / 8
+            loss = weighted(*losses(model, tokens, codes))
         engine.backward(loss, 1)
         engine.update(1e-4, step)
 

@@ -23,7 +23,7 @@ from dalle.optim import Average
 from dalle.scaling import Scaling
 from dalle.schedules import cosine, warmup
 from stage2_prior.config import PriorConfig
-from stage2_prior.loss import losses
+from stage2_prior.loss import losses, weighted
 from stage2_prior.model import Prior
 
 STEPS, WARM, LR, LAST = 600, 30, 5e-4, 50
@@ -54,7 +54,7 @@ def train(data: dict[str, torch.Tensor], halved: bool, rounded: Rounding) -> lis
     for step in range(STEPS):
         mine = torch.randint(PICTURES, (BATCH,), generator=keyed(torch.device("cpu"), 1, step))
         text, image = engine.run(losses, model, data["tokens"][mine], data["codes"][mine])
-        loss = text / 8 + image * 7 / 8
+        loss = weighted(text, image)
         engine.backward(loss, 1)
         with patch.object(packed, "rounded_at_random", rounded):
             engine.update(warmup(step, WARM) * cosine(step, STEPS, LR, LR / 32), step + 1)

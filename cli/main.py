@@ -186,11 +186,11 @@ def _show_without_dvae(options: Any) -> None:
     from dataclasses import replace
 
     from dalle.console import say
-    from dalle.runs import machine_preset, plan
+    from dalle.runs import machine_preset, resolve_run
     from stage1_dvae.config import PRESETS as DVAE_PRESETS
     from stage2_prior.config import PRESETS
 
-    shown = plan(options, "prior", PRESETS, default_preset=machine_preset())
+    shown = resolve_run(options, "prior", PRESETS, default_preset=machine_preset())
     if not shown.resumed:
         dvae, _ = DVAE_PRESETS[shown.preset]
         shown = replace(shown, model=replace(shown.model, grid=dvae.grid, image_vocab=dvae.vocab_size))

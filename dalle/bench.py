@@ -38,7 +38,7 @@ from stage2_prior.config import PRESETS as PRIOR_PRESETS
 from stage2_prior.config import PriorConfig, PriorTraining
 from stage2_prior.decode import Decoder
 from stage2_prior.flops import matrix_flops as prior_flops
-from stage2_prior.loss import losses
+from stage2_prior.loss import losses, weighted
 from stage2_prior.model import Prior
 from stage2_prior.sample import Sampling, draw, noise, read
 
@@ -154,10 +154,10 @@ def _ceilings(device: torch.device, precision: Arithmetic, cases: Cases) -> list
     rates = {name: gemm_rate(device, name) for name in dict.fromkeys(("fp32", precision))}
     numbers = torch.ones(cases.copied * 2**18, device=device)
     target = torch.empty_like(numbers)
-    read = numbers.nbytes / seconds(numbers.sum)  # a product with one vector is far slower on some CPUs
+    reading = numbers.nbytes / seconds(numbers.sum)  # a product with one vector is far slower on some CPUs
     copied = 2 * numbers.nbytes / seconds(lambda: target.copy_(numbers))
     return [
-        Row("memory read", read / 1e9, "GB/s"),
+        Row("memory read", reading / 1e9, "GB/s"),
         Row("copy", copied / 1e9, "GB/s"),
         *(Row(f"matrix products in {name}", rate / 1e9, "GFLOP/s") for name, rate in rates.items()),
     ]
@@ -180,8 +180,8 @@ def _prior_step(
 
     def step() -> None:
         with engine.arithmetic():
-            text, image = losses(model, tokens, codes, threads=threads)
-        engine.backward(text / 8 + 7 * image / 8, 1)
+            loss = weighted(*losses(model, tokens, codes, threads=threads))
+        engine.backward(loss, 1)
         engine.update(1e-4, 1)
 
     took = seconds(step)

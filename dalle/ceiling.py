@@ -1,12 +1,10 @@
 """The rate of matrix products that this machine reaches: what the speed of training is measured against."""
 
-import time
-from collections.abc import Callable
 from functools import cache
 
 import torch
 
-from dalle.precision import DTYPES, Arithmetic
+from dalle.precision import DTYPES, Arithmetic, best_seconds
 from dalle.threads import Threads, cores
 
 SIDES = {"cpu": 1024, "cuda": 8192}  # of square matrices; larger ones are no faster
@@ -31,15 +29,6 @@ def gemm_rate(device: torch.device, precision: Arithmetic) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    together = 2 * side**3 / _seconds(lambda: multiply(squares[0]))
-    one_each = 2 * side**3 * len(squares) / _seconds(lambda: threads.map(multiply, squares))
+    together = 2 * side**3 / best_seconds(lambda: multiply(squares[0]), TRIES)
+    one_each = 2 * side**3 * len(squares) / best_seconds(lambda: threads.map(multiply, squares), TRIES)
     return max(together, one_each)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(1 + TRIES):  # the first one warms up; the best of the rest is the least disturbed
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])

@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from dalle.config import require
 from dalle.errors import ConfigError
 
 
@@ -28,9 +29,8 @@ class Cluster:
     rate: float
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "per_machine", "memory", "within", "between", "rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        names = ("gpus", "per_machine", "memory", "within", "between", "rate")
+        require(self, "be above 0", lambda v: 0 < v < math.inf, *names)
         if self.gpus > self.per_machine and self.gpus % self.per_machine:
             raise ConfigError(
                 f"--gpus {self.gpus} must be a multiple of --gpus-per-machine {self.per_machine}, "
@@ -42,12 +42,17 @@ class Cluster:
         """How many there are."""
         return max(1, self.gpus // self.per_machine)
 
+    @property
+    def local(self) -> int:
+        """GPUs of each machine that are used."""
+        return self.gpus // self.machines
+
 
 @dataclass(frozen=True)
 class Choice:
     """How a model is trained on a cluster: what may be traded for memory."""
 
-    stage: int
+    stage: int  # of ZeRO
     moments: str
     recompute: bool
     micro_batch: int  # pictures in one pass of one GPU

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dalle.errors import ConfigError
@@ -46,6 +46,13 @@ def override(sections: Mapping[str, Any], settings: Sequence[str]) -> dict[str, 
             raise ConfigError(f"{key} cannot be set: {fixed}")
         changes[name][key] = parse(key, value.strip(), get_type_hints(type(section))[key])
     return {name: dataclasses.replace(section, **changes[name]) for name, section in sections.items()}
+
+
+def require(config: Any, rule: str, holds: Callable[[Any], bool], *names: str) -> None:
+    """Raise `ConfigError` for the first of these settings whose value breaks the rule, as NaN does all."""
+    for name in names:
+        if not holds(value := getattr(config, name)):
+            raise ConfigError(f"{name}={value} must {rule}")
 
 
 def keys(settings: Sequence[str]) -> set[str]:

@@ -28,7 +28,7 @@ R = TypeVar("R")
 
 PATIENCE = 20  # updates in a row that may be dropped for a non-finite gradient before the run stops
 PATIENCE_WITH_SCALES = 4 * REST  # the same while the gradient scales can still shrink: to a quarter by then
-MOMENTUM = "/momentum"  # after the name of a parameter, in training states
+MOMENTUM_KEY = "/momentum"  # after the name of a parameter, in training states
 
 
 @runtime_checkable
@@ -236,7 +236,7 @@ class Engine:
             offset, size = self._run_of(name) if self._tells() else (0, 0)
             momentum = self.muon.momenta.get(name)  # None before the first update that was not dropped
             values = torch.zeros(size) if momentum is None else momentum[:size]
-            parts[name + MOMENTUM] = Part(shape, offset, values)
+            parts[name + MOMENTUM_KEY] = Part(shape, offset, values)
         return parts
 
     def _compare_machines(self) -> None:
@@ -282,7 +282,7 @@ class Engine:
         if self.muon is None:
             return
         for name in self.muon.shapes:
-            tensor = saved.read("moments", name + MOMENTUM).to(self.device)
+            tensor = saved.read("moments", name + MOMENTUM_KEY).to(self.device)
             self.muon.load(name, *self._run_of(name), tensor)
 
     def _run_of(self, name: str) -> tuple[int, int]:
@@ -301,7 +301,7 @@ class Engine:
         for p, average, name in zip(self.parameters, self.average.weights, self.named, strict=True):
             p.detach().copy_(saved.read("weights", name))
             average.copy_(saved.read("average", name))
-        names = sorted(name for name in saved.names("moments") if not name.endswith(MOMENTUM))
+        names = sorted(name for name in saved.names("moments") if not name.endswith(MOMENTUM_KEY))
         self.optimizer.load_moments((name, saved.read("moments", name)) for name in names)
         self._load_momenta(saved)
         self._load_scales(saved)

@@ -7,13 +7,14 @@ weights in fp16. Activations are found by running a step on tensors without data
 
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from dalle.cluster import Choice, Cluster
 from dalle.low_rank import compressed
 from dalle.overlap import BLOCK
+from dalle.precision import Arithmetic
 from dalle.zero import BUCKET, LIVE
 from stage2_prior.config import PriorConfig, PriorTraining
 from stage2_prior.flops import flops
@@ -43,7 +44,7 @@ def memory(
     model: PriorConfig,
     choice: Choice,
     cluster: Cluster,
-    precision: Any = "bf16",
+    precision: Arithmetic = "bf16",
     held: Footprint | None = None,
 ) -> Memory:
     """What one GPU holds in this program; `held` by forward and backward pass, if it is known.
@@ -52,7 +53,7 @@ def memory(
     """
     matrices, rest = parameters(model)
     n, stage = matrices + rest, choice.stage if cluster.gpus > 1 else 0
-    shards = cluster.gpus if not choice.rank else cluster.gpus // cluster.machines
+    shards = cluster.local if choice.rank else cluster.gpus
     of_weights, of_gradients, of_moments = (shards if stage >= least else 1 for least in (3, 2, 1))
     halved = choice.weights == "fp16" and stage == 0
     held = held or footprint(model, choice.micro_batch, choice.recompute, precision, halved=halved)
@@ -165,7 +166,7 @@ class Traffic:
 def traffic(model: PriorConfig, choice: Choice, cluster: Cluster) -> Traffic:
     """Of an update: gradients are averaged and weights gathered; with recomputation stage 3 gathers twice."""
     matrices, rest = parameters(model)
-    n, m, machines = matrices + rest, cluster.gpus // cluster.machines, cluster.machines
+    n, m, machines = matrices + rest, cluster.local, cluster.machines
     all_reduce, gather = 2 * 4 * n * (m - 1) / m, 4 * n * (m - 1) / m
     within = {0: all_reduce, 1: all_reduce + gather, 2: all_reduce + gather, 3: 3 * gather}[choice.stage]
     ring = 2 * (machines - 1) / machines

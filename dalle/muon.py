@@ -16,7 +16,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from dalle.piece import Piece
+from dalle.piece import Piece, device_of
 
 MOMENTUM = 0.95
 AT_ONCE = 2**24  # numbers in the matrices that are turned together
@@ -78,7 +78,7 @@ class Muon:
     def turn(self, pieces: Sequence[Piece]) -> None:
         """Replace the matrices' gradients by their steps, in place; the others stay as they are."""
         held = {piece.name: piece for piece in pieces}
-        device = pieces[0].grad.device if pieces else torch.device("cpu")
+        device = device_of(pieces)
         for names in self.alike:
             ahead = [self._ahead(name, held.get(name), device) for name in names]
             wide = torch.stack([whole.t() if _tall(whole.shape) else whole for whole in ahead])

@@ -1,5 +1,6 @@
 """What a process holds of a gradient, which all that comes between backward pass and optimizer works on."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,11 @@ class Piece(NamedTuple):
     parameter: nn.Parameter
     grad: Tensor
     offset: int
+
+
+def device_of(pieces: Sequence[Piece]) -> torch.device:
+    """Where they lie."""
+    return pieces[0].grad.device if pieces else torch.device("cpu")
 
 
 def gradient_of(parameter: Tensor) -> Tensor | None:

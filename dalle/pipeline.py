@@ -86,12 +86,7 @@ class TextToImage:
                 tokenizer.
         """
         run, device = find_run(Path(run)), set_up(torch.device(device)) if device else best_device()
-        for stage, command in (("dvae", "train-dvae"), ("prior", "train-prior")):
-            if not (run / stage / "weights.safetensors").is_file():
-                raise CheckpointError(
-                    f"{run} holds no trained {stage}: `dalle {command} --run {run}` trains one; "
-                    "or name another --run"
-                )
+        _refuse_untrained(run, "dvae", "prior")
         began, tokenizer = _fitting(run)
         trained = _numbers(began.get("training"), run / "prior" / "config.json")
         return cls(
@@ -284,10 +279,7 @@ def codes_of(run: Path) -> Codes:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    if not (run / "dvae" / "weights.safetensors").is_file():
-        raise CheckpointError(
-            f"{run} holds no trained dvae: run `dalle train-dvae --run {run}` first, or name another --run"
-        )
+    _refuse_untrained(run, "dvae")
     dvae = DVAE.load(run / "dvae", best_device()).for_speed()
     config = dvae.config
     return Codes(
@@ -304,11 +296,20 @@ def coarse_of(run: Path) -> Coarse:
     """
     run = find_run(run)
     codes = codes_of(run)
-    if not (run / "prior" / "weights.safetensors").is_file():
-        raise CheckpointError(f"{run} holds no trained prior: name another run to grow from")
+    _refuse_untrained(run, "prior")
     _, tokenizer = _fitting(run)
     weights = run / "prior" / "weights.safetensors"
     return Coarse(Prior.load(run / "prior"), codes, tokenizer, fingerprint(weights))
+
+
+def _refuse_untrained(run: Path, *stages: str) -> None:
+    """Raises `CheckpointError` where one of these has no weights."""
+    for stage in stages:
+        if not (run / stage / "weights.safetensors").is_file():
+            raise CheckpointError(
+                f"{run} holds no trained {stage}: `dalle train-{stage} --run {run}` trains one; "
+                "or name another --run"
+            )
 
 
 def fingerprint_of(run: Path) -> str:

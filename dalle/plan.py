@@ -5,7 +5,6 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from dalle.cluster import Choice, Cluster
 from dalle.config import override
@@ -13,6 +12,7 @@ from dalle.config import preset as named_preset
 from dalle.errors import ConfigError
 from dalle.forecast import Cost, Memory, Traffic, cost, memory, paper_memory, traffic
 from dalle.low_rank import paper_rank
+from dalle.precision import Arithmetic
 from stage1_dvae.config import PRESETS as DVAE_PRESETS
 from stage2_prior.config import PRESETS, PriorConfig, PriorTraining
 from stage2_prior.flops import flops
@@ -24,7 +24,7 @@ EPOCHS = 30  # passes over the data beyond which more steps rather memorise
 
 
 def cheaper(
-    model: PriorConfig, choice: Choice, cluster: Cluster, precision: Any = "bf16"
+    model: PriorConfig, choice: Choice, cluster: Cluster, precision: Arithmetic = "bf16"
 ) -> list[tuple[str, Memory]]:
     """Up to three changes that fit, with what they need.
 
@@ -62,10 +62,9 @@ def cheaper(
 
 
 def _first(
-    smaller: Sequence[tuple[str, PriorConfig]], choice: Choice, cluster: Cluster, precision: Any
+    smaller: Sequence[tuple[str, PriorConfig]], choice: Choice, cluster: Cluster, precision: Arithmetic
 ) -> tuple[str, Memory] | None:
     """The first that fits, by bisection: they are ordered from the largest to the smallest."""
-
     largest = smaller[0][1]
     held = footprint(largest, choice.micro_batch, choice.recompute, precision)
 
@@ -139,7 +138,7 @@ class Plan:
 
 def make_plan(
     preset: str, cluster: Cluster, *, zero: int | None = None, rank: int | None = None,
-    settings: tuple[str, ...] = (), precision: Any = "bf16",
+    settings: tuple[str, ...] = (),
 ) -> Plan:  # fmt: skip
     """Work out the plan of a preset on a cluster.
 
@@ -149,7 +148,6 @@ def make_plan(
         zero: stage; by default the lowest that fits, or 3.
         rank: total rank between machines; by default that of the settings, or the paper's rule; 0 for none.
         settings: as for training.
-        precision: of the products, where the settings do not say.
 
     Raises:
         ConfigError: an unknown preset or setting, or a batch that the GPUs cannot share.
@@ -160,8 +158,7 @@ def make_plan(
             f"batch_size={training.batch_size} cannot be shared by {cluster.gpus} GPUs: "
             f"use --set batch_size={max(1, training.batch_size // cluster.gpus) * cluster.gpus}"
         )
-    if training.precision != "auto":
-        precision = training.precision
+    precision: Arithmetic = "bf16" if training.precision == "auto" else training.precision
     rank = training.compression_rank if rank is None else rank
     halved = training.weights == "fp16"
     if halved and zero and cluster.gpus > 1:
@@ -181,10 +178,9 @@ def make_plan(
         suits = [s for s, needed in stages.items() if needed.total <= cluster.memory]
         choice = replace(choice, stage=min(suits, default=choice.stage))
     fits = stages[choice.stage].total <= cluster.memory
-    shards = cluster.gpus // cluster.machines
     return Plan(
         preset, model, training, cluster, choice, stages,
-        paper=paper_memory(model, choice.micro_batch, shards),
+        paper=paper_memory(model, choice.micro_batch, cluster.local),
         sent=traffic(model, choice, cluster),
         cost=cost(model, training, choice, cluster),
         cheaper=[] if fits else cheaper(model, choice, cluster, precision),
@@ -214,7 +210,7 @@ class Proposal:
     hours: float
 
 
-def propose(cluster: Cluster, pictures: int, hours: float, precision: Any = "bf16") -> Proposal:
+def propose(cluster: Cluster, pictures: int, hours: float) -> Proposal:
     """The largest preset that fits, and that so many hours and pictures can train.
 
     It sees 20 tokens for each weight of its resblocks, without passing over the data more than 30 times.
@@ -236,7 +232,7 @@ def propose(cluster: Cluster, pictures: int, hours: float, precision: Any = "bf1
             continue  # whether it fits or not, which takes seconds to find
         batch = max(1, round(training.batch_size / cluster.gpus)) * cluster.gpus
         try:
-            plan = make_plan(name, cluster, settings=(f"batch_size={batch}",), precision=precision)
+            plan = make_plan(name, cluster, settings=(f"batch_size={batch}",))
         except ConfigError:
             continue
         if not plan.fits:

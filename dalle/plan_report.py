@@ -23,7 +23,6 @@ def facts(plan: Plan, proposal: Proposal | None = None) -> dict[str, Any]:
     def of(memory: Memory) -> dict[str, float]:
         return {**asdict(memory), "total": memory.total}
 
-    shards = plan.cluster.gpus // plan.cluster.machines
     return {
         **({"proposal": asdict(proposal)} if proposal else {}),
         "preset": plan.preset,
@@ -35,7 +34,7 @@ def facts(plan: Plan, proposal: Proposal | None = None) -> dict[str, Any]:
         "memory_of_the_paper": of(plan.paper),
         "compression": 1 - plan.sent.kept,
         "compression_of_the_paper": (
-            compression(plan.choice.rank, plan.model.width, shards) if plan.choice.rank else 0.0
+            compression(plan.choice.rank, plan.model.width, plan.cluster.local) if plan.choice.rank else 0.0
         ),
         "traffic": asdict(plan.sent),
         "cost": asdict(plan.cost),
@@ -76,7 +75,7 @@ def words(plan: Plan) -> list[str]:
             text += f", {sent.between / GB:.3g} GB by a machine to others ({sent.between_seconds:.3g} s)"
         lines.append(f"sent in an update: {text}")
     if plan.choice.rank:
-        paper = 1 - compression(plan.choice.rank, plan.model.width, cluster.gpus // cluster.machines)
+        paper = 1 - compression(plan.choice.rank, plan.model.width, cluster.local)
         lines.append(
             f"compressed to rank {plan.choice.rank} between machines: {sent.kept:.0%} of the numbers of "
             f"matrices ({paper:.0%} as the paper cuts them), {sent.between / sent.plain_between:.0%} of the "

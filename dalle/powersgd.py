@@ -29,7 +29,7 @@ from dalle.low_rank import Matrix, compressed, orthonormal
 from dalle.minifloat import SIGNED
 from dalle.optim import full_shape
 from dalle.overlap import InTurn, Work, blocks, finished
-from dalle.piece import Piece
+from dalle.piece import Piece, device_of
 from dalle.precision import fp32_products
 from dalle.wire import Wire
 
@@ -186,7 +186,7 @@ class PowerSGD:
             in_turn.finish()
         exchanged, self._exchanged = self._exchanged, []
         with self._clock():
-            norm = self._put(exchanged, _device(pieces))
+            norm = self._put(exchanged, device_of(pieces))
         low = [each for block in exchanged for each in block.low]
         cosine = None
         if true:
@@ -208,13 +208,6 @@ class PowerSGD:
     def sums_matter(self) -> bool:
         """Are there error sums to save? The same in all processes, whatever each holds."""
         return self.wire.machines > 1 or self.owes
-
-    def formula(self, pieces: Sequence[Piece]) -> int:
-        """Bytes that an update hands over once it compresses: r·(rows + columns) numbers for each matrix."""
-        matrices = [matrix for piece in pieces for matrix in self._of(piece)]
-        factors = sum(matrix.factors for matrix in matrices)
-        rest = sum(p.grad.numel() for p in pieces) - sum(matrix.numel for matrix in matrices)
-        return (2 if self.packed else 4) * factors + 4 * rest
 
     def sums(self) -> dict[str, tuple[int, Tensor]]:
         """The error sums over all machines by parameter, and where they begin in it when it is flattened.
@@ -403,7 +396,7 @@ class PowerSGD:
     def _plain_means(self, pieces: Sequence[Piece]) -> tuple[list[Tensor], float]:
         """The true means, and the seconds that they took; nothing is counted."""
         wire = Wire(self.wire.group)
-        wire.any(torch.zeros(1, device=_device(pieces)))  # or the time would hold the wait for the slowest
+        wire.any(torch.zeros(1, device=device_of(pieces)))  # or the time would hold the wait for the slowest
         began = _now()
         means = finished(wire.mean([piece.grad for piece in pieces]))
         return means, _now() - began
@@ -428,10 +421,6 @@ def _now(exactly: bool = True) -> float:
 
 def _finite(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor, math.inf).isfinite()
-
-
-def _device(pieces: Sequence[Piece]) -> torch.device:
-    return pieces[0].grad.device if pieces else torch.device("cpu")
 
 
 def _stack(flags: Iterable[Tensor], device: torch.device) -> Tensor:

@@ -112,12 +112,17 @@ class _Fp32Linear(torch.autograd.Function):
 
 def _seconds(dtype: torch.dtype) -> float:
     a = torch.ones(512, 512, dtype=dtype)
-    times = []
     with using(1):
-        for _ in range(4):  # the first one warms up; the best of the rest is the least disturbed
-            start = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - start)
+        return best_seconds(lambda: a @ a, 3)
+
+
+def best_seconds(work: Callable[[], object], tries: int) -> float:
+    """Of so many tries: the first, before them, warms up, and the best of the rest is the least disturbed."""
+    times = []
+    for _ in range(1 + tries):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
     return min(times[1:])
 
 

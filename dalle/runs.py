@@ -39,7 +39,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StageRun:
     """One stage of a run, resolved: its folder and everything its config.json holds."""
 
     folder: Path
@@ -90,14 +90,14 @@ def machine_preset() -> str:
     return "small" if best_device().type == "cuda" else "tiny"
 
 
-def plan(
+def resolve_run(
     options: Options,
     stage: str,
     presets: Mapping[str, tuple[Any, Any]],
     *,
     default_preset: str,
     default_data: str = "scenes",
-) -> Plan:
+) -> StageRun:
     """Resolve what to train in `options.run`/`stage`.
 
     A new run starts from a preset; its horizons (warm-up, cosines) scale with `steps` unless they are
@@ -131,7 +131,7 @@ def plan(
     chosen_training: Training = sections["training"]
     spans = tuple(h for h in HORIZONS if hasattr(training, h) and h not in chosen)
     of_preset = replace(chosen_training, steps=training.steps)
-    return Plan(
+    return StageRun(
         folder, name, asked or default_data, sections["model"],
         lasting(of_preset, chosen_training.steps, spans),
         resumed=False, spans=spans, minutes=minutes,
@@ -152,7 +152,7 @@ def _holds_a_model(folder: Path) -> bool:
 
 def _continued(
     folder: Path, options: Options, settings: Sequence[str], presets: Mapping[str, tuple[Any, Any]]
-) -> Plan:
+) -> StageRun:
     path = folder / "config.json"
     saved = read_json(path)
     if "training" not in saved:
@@ -188,6 +188,6 @@ def _continued(
             raise ConfigError(
                 f"{folder} was started with {what} {was}, not {now}: keep it, or use another --run{or_else}"
             )
-    return Plan(
+    return StageRun(
         folder, name, data, sections["model"], sections["training"], resumed=True, minutes=options.minutes
     )

@@ -15,7 +15,7 @@ from dalle.budget import Budget, record
 from dalle.ceiling import gemm_rate
 from dalle.chart import draw_scales
 from dalle.checkpoint import read_json, replacing, sha256
-from dalle.config import setting
+from dalle.config import require, setting
 from dalle.console import Bar, Stopwatch, duration, say, warn
 from dalle.data.loader import Loader
 from dalle.distributed import Topology
@@ -67,30 +67,20 @@ class Training:
     tensorboard: bool = setting(False, "also write TensorBoard files")
 
     def __post_init__(self) -> None:
-        at_least_1 = (
-            "batch_size", "log_every", "eval_every", "eval_pictures", "save_every", "keep", "ema_every",
-        )  # fmt: skip
-        for name in at_least_1:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("steps", "micro_batch", "workers", "seed", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
-        if self.seed >= 2**63:
-            raise ConfigError(f"seed={self.seed} must be below 2**63")
-        for name in ("heldout", "beta1", "beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        if self.lr <= 0:
-            raise ConfigError(f"lr={self.lr} must be above 0")
-        if self.clip is not None and self.clip <= 0:
-            raise ConfigError(f"clip={self.clip} must be above 0; clip=none sets no limit")
+        counts = ("batch_size", "log_every", "eval_every", "eval_pictures", "save_every", "keep", "ema_every")
+        require(self, "be at least 1", lambda v: v >= 1, *counts)
+        not_negative = ("steps", "micro_batch", "workers", "seed", "weight_decay")
+        require(self, "not be negative", lambda v: v >= 0, *not_negative)
+        require(self, "be below 2**63", lambda v: v < 2**63, "seed")
+        shares = ("heldout", "beta1", "beta2", "ema_decay")
+        require(self, "be at least 0 and below 1", lambda v: 0 <= v < 1, *shares)
+        require(self, "be above 0", lambda v: v > 0, "lr")
+        require(self, "be above 0; clip=none sets no limit", lambda v: v is None or v > 0, "clip")
         if self.micro_batch and self.batch_size % self.micro_batch:
             raise ConfigError(
                 f"batch_size={self.batch_size} must be a multiple of micro_batch={self.micro_batch}"
             )
-        if self.zero not in range(4):
-            raise ConfigError(f"zero={self.zero} must be 0, 1, 2 or 3")
+        require(self, "be 0, 1, 2 or 3", lambda v: v in range(4), "zero")
 
     def micro_batches(self, processes: int) -> int:
         """Forward passes of each process per update: as few as `micro_batch` allows.
@@ -101,8 +91,8 @@ class Training:
         share, rest = divmod(self.batch_size, processes)
         if rest:
             raise ConfigError(
-                f"batch_size={self.batch_size} is that of all {processes} processes: it must be a multiple of "
-                "their number"
+                f"batch_size={self.batch_size} is that of all {processes} processes: it must be a multiple "
+                "of their number"
             )
         largest = self.micro_batch or share
         return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= largest)
@@ -149,11 +139,9 @@ class LargeTraining(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("compression_rank", "compression_start", "compression_sample"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
-        if self.muon_lr <= 0:
-            raise ConfigError(f"muon_lr={self.muon_lr} must be above 0")
+        compression = ("compression_rank", "compression_start", "compression_sample")
+        require(self, "not be negative", lambda v: v >= 0, *compression)
+        require(self, "be above 0", lambda v: v > 0, "muon_lr")
         if self.optimizer == "muon" and self.moments != "fp32":
             raise ConfigError("optimizer=muon has no variances to pack: leave moments=fp32")
         if self.weights == "fp16" and (self.moments != "16bit" or self.precision != "fp16"):

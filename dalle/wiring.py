@@ -31,6 +31,11 @@ def partitioned(config: Training) -> bool:
     return topology().world > 1 and config.zero == 3
 
 
+def _whole(config: Training) -> bool:
+    """Does each process hold the whole model and its moments?"""
+    return topology().world == 1 or config.zero == 0
+
+
 def processes_used(config: Training) -> str:
     """How many there are and what they partition, for a line that a person reads."""
     world = topology().world
@@ -43,7 +48,7 @@ def to_device(
     """Move a model to this process' device; in this layout, if the engine leaves the layout to us."""
     if partitioned(config):
         return  # it is there
-    if topology().world > 1 and config.zero:
+    if not _whole(config):
         layout = torch.contiguous_format
     model.to(best_device(), memory_format=layout)  # type: ignore[call-overload]
 
@@ -84,7 +89,7 @@ def make_compression(config: Training, matrices: Mapping[str, int]) -> PowerSGD 
     """What compresses the gradients between machines, if these settings ask for it."""
     if not isinstance(config, LargeTraining) or not config.compression_rank:
         return None
-    here, whole = topology_for(config), topology().world == 1 or config.zero == 0
+    here, whole = topology_for(config), _whole(config)
     if whole and here.machines > 1 and here.local_world > 1:
         warn(
             f"with zero=0 each of the {here.local_world} processes of a machine exchanges the whole model's "
@@ -128,7 +133,7 @@ def make_engine(
     """
     here = topology_for(config)
     micro_batches = config.micro_batches(here.world)
-    whole = here.world == 1 or config.zero == 0
+    whole = _whole(config)
     if not whole and config.offload != "none" and best_device().type == "cuda":
         _refuse_offload(config, here.machines)
     muon: Muon | None = None

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dalle.config import setting
+from dalle.config import require, setting
 from dalle.errors import ConfigError
 from dalle.training import Training
 
@@ -38,21 +38,10 @@ class DVAEConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.pixel_std is not None and self.pixel_std <= 0:
-            raise ConfigError(f"pixel_std={self.pixel_std} must be above 0")
-        for name in (
-            "image_size",
-            "vocab_size",
-            "hidden",
-            "codebook_width",
-            "groups",
-            "blocks_per_group",
-            "patch",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.vocab_size < 2:
-            raise ConfigError(f"vocab_size={self.vocab_size} must be at least 2")
+        require(self, "be above 0", lambda v: v is None or v > 0, "pixel_std")
+        sizes = ("image_size", "hidden", "codebook_width", "groups", "blocks_per_group", "patch")
+        require(self, "be at least 1", lambda v: v >= 1, *sizes)
+        require(self, "be at least 2", lambda v: v >= 2, "vocab_size")
         if self.hidden % 4:
             raise ConfigError(
                 f"hidden={self.hidden} must be a multiple of 4: resblocks work at a quarter of it"
@@ -117,12 +106,9 @@ class DVAETraining(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("warmup", "lr_end", "lr_steps", "beta_steps", "tau_steps"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("tau_start", "tau"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        spans = ("warmup", "lr_steps", "beta_steps", "tau_steps")
+        require(self, "not be negative", lambda v: v >= 0, *spans, "lr_end")
+        require(self, "be above 0", lambda v: v > 0, "tau_start", "tau")
         if self.precision == "fp16":
             raise ConfigError(
                 "precision=fp16 is for train-prior, whose resblocks have gradient scales; the dVAE trains in "

@@ -75,7 +75,7 @@ def elbo(
     def of_some(pixels: Tensor, places: Tensor) -> tuple[Tensor, ...]:
         logits = model.logits(pixels).float().permute(0, 2, 3, 1)  # codes last: softmax runs along memory
         q = posterior(logits.flatten(1, 2), tau, [generators[place] for place in places])
-        decoded = model.decoded(q.relaxed.view_as(logits).permute(0, 3, 1, 2)).float()
+        decoded = model.decoder(q.relaxed.view_as(logits).permute(0, 3, 1, 2)).float()
         nll = -log_likelihood(pixels, decoded, model.config.pixel_std).mean((1, 2, 3))
         return nll, q.kl.mean(1), q.mean, most_probable(logits.detach()), decoded.detach()
 

@@ -203,10 +203,6 @@ class DVAE(nn.Module):
         """
         return self.encoder(self._mapped(pixels))
 
-    def decoded(self, codes: Float[Tensor, "b v grid grid"]) -> Float[Tensor, "b 6 h w"]:
-        """The decoder's output for relaxed codes."""
-        return self.decoder(codes)
-
     def recompute(self) -> None:
         """Train with less memory and a third more time: no resblock keeps what it computes inside."""
         for module in self.modules():

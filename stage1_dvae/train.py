@@ -21,7 +21,7 @@ from dalle.optim import parameter_count
 from dalle.pictures import grid, save_png, to_images, to_pixels
 from dalle.precision import best_device, fp32_products
 from dalle.process import held, suit_computing
-from dalle.runs import Options, Plan, begun, machine_preset, plan
+from dalle.runs import Options, StageRun, begun, machine_preset, resolve_run
 from dalle.schedules import cosine, warmup
 from dalle.states import newest_step, state_folders
 from dalle.training import Batch, Session, alone, fit
@@ -39,9 +39,9 @@ SHOWN = 8  # pictures in the grid of an evaluation
 AT_ONCE = 64  # held-out pictures in one forward pass, at most: no more than in training
 
 
-def resolve(options: Options) -> Plan:
+def resolve(options: Options) -> StageRun:
     """What `train` would do for these options."""
-    return plan(options, "dvae", PRESETS, default_preset=machine_preset())
+    return resolve_run(options, "dvae", PRESETS, default_preset=machine_preset())
 
 
 def train(options: Options) -> bool:
@@ -152,7 +152,7 @@ class Stage1:
 
     label = "dVAE"
 
-    def __init__(self, model: DVAE, run: Plan, heldout: Tensor) -> None:
+    def __init__(self, model: DVAE, run: StageRun, heldout: Tensor) -> None:
         self.model, self.run, self.heldout = model, run, heldout
         self.config: DVAETraining = run.training
         self.tokens_per_picture = run.model.grid**2
@@ -162,6 +162,7 @@ class Stage1:
                 counted = DVAE(run.model)
         self.flops_per_picture = 3 * matrix_flops(counted)  # the backward pass takes twice the forward's
         self.window = CodebookWindow(run.model.vocab_size, heldout.device)
+        self.posterior: Tensor | None = None  # mean over a batch that is seen in parts
         self.alarms = 0
 
     def beta(self, step: int) -> float:
@@ -179,7 +180,7 @@ class Stage1:
 
     def begin(self, batches: Sequence[Batch], run: Callable[..., Any]) -> None:
         """The mean posterior of the whole batch, where it counts and is seen only in parts."""
-        self.posterior: Tensor | None = None
+        self.posterior = None
         if self.config.usage_weight and len(batches) > 1:
             means = [run(self._mean_of, pixels) for (pixels,) in batches]
             self.posterior = self._over_processes(torch.stack(means).mean(0))
@@ -198,7 +199,7 @@ class Stage1:
         return self._over_processes(part) if self.posterior is None else self.posterior
 
     def loss(self, batch: Batch, step: int, positions: range) -> tuple[Tensor, dict[str, Tensor]]:
-        """The negative ELBO of one micro-batch, per subpixel."""
+        """`Elbo.loss` of one micro-batch, under the schedules' beta and tau."""
         noise = [noise_of(self.heldout.device, self.config.seed, position) for position in positions]
         tau, beta = self.tau(step), self.beta(step)
         in_parts = self.config.usage_weight and (self.posterior is not None or topology().world > 1)
@@ -217,6 +218,8 @@ class Stage1:
     @fp32_products("ieee")
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out ELBO; relaxed against hard reconstructions; a grid of both in pictures/.
+
+        `heldout_loss` is without the usage term, which is a whole batch's.
 
         The two fp32 layers beside the codes multiply their operands as they are, as when pictures are read
         later (`DVAE.encode`), also where training in bf16 rounds them. The resblocks run as in training.

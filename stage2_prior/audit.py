@@ -16,7 +16,7 @@ from dalle.pictures import to_pixels
 from dalle.text import Tokenizer
 from stage2_prior.codes import Codes
 from stage2_prior.config import PriorTraining
-from stage2_prior.loss import losses
+from stage2_prior.loss import losses, weighted
 from stage2_prior.model import Prior
 from stage2_prior.train import prepare_plainly
 
@@ -55,7 +55,7 @@ def audit(folder: Path, codes: Codes, batches: int, data: str | None = None) -> 
     def loss(part: slice) -> torch.Tensor:
         seen = codes.encode(to_pixels(pixels[part])).flatten(1)
         text, image = losses(model, tokens[part], seen)
-        return training.text_weight * text + (1 - training.text_weight) * image
+        return weighted(text, image, training.text_weight)
 
     parts = (slice(at, at + together) for at in range(0, len(pixels), together))
     found = count(model.resblocks(), (partial(loss, part) for part in parts))

@@ -1,32 +1,19 @@
-"""The frozen dVAE, as far as this stage knows it."""
+"""The frozen dVAE, as far as stage 2 knows it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
 
+@dataclass(eq=False)
 class Codes:
-    """The frozen dVAE as this stage sees it.
+    """What makes codes of pictures and pictures of codes."""
 
-    Args:
-        image_size: pixels per side.
-        grid: codes per side.
-        vocab_size: number of codes.
-        encode: pixels in [0, 1] `b 3 h w` → codes `b grid grid`.
-        decode: the inverse.
-        vectors: one for every code, alike for codes that decode alike, `vocab_size channels`.
-        fingerprint: names the dVAE's weights.
-    """
-
-    def __init__(
-        self,
-        image_size: int,
-        grid: int,
-        vocab_size: int,
-        encode: Callable[[Tensor], Tensor],
-        decode: Callable[[Tensor], Tensor],
-        vectors: Tensor,
-        fingerprint: str,
-    ) -> None:
-        self.image_size, self.grid, self.vocab_size = image_size, grid, vocab_size
-        self.encode, self.decode, self.vectors, self.fingerprint = encode, decode, vectors, fingerprint
+    image_size: int  # pixels per side
+    grid: int  # codes per side
+    vocab_size: int
+    encode: Callable[[Tensor], Tensor]  # pixels in [0, 1] `b 3 h w` → codes `b grid grid`
+    decode: Callable[[Tensor], Tensor]  # the inverse
+    vectors: Tensor  # one for every code, alike for codes that decode alike, `vocab_size channels`
+    fingerprint: str  # names the dVAE's weights

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dalle.config import setting
+from dalle.config import require, setting
 from dalle.errors import ConfigError
 from dalle.training import LargeTraining
 
@@ -35,11 +35,9 @@ class PriorConfig:
     kernel: int = setting(11, "cells per side of the convolutional mask; odd", paper="11 (App. B.1)")
 
     def __post_init__(self) -> None:
-        for name in ("text_vocab", "image_vocab", "grid", "depth", "width", "heads", "kernel"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.code_channels < 0:
-            raise ConfigError(f"code_channels={self.code_channels} must be at least 0")
+        sizes = ("text_vocab", "image_vocab", "grid", "depth", "width", "heads", "kernel")
+        require(self, "be at least 1", lambda v: v >= 1, *sizes)
+        require(self, "be at least 0", lambda v: v >= 0, "code_channels")
         if self.text_length < 2:
             raise ConfigError(
                 f"text_length={self.text_length} must be at least 2: the first slot is the start of text"
@@ -127,16 +125,11 @@ class PriorTraining(LargeTraining):
             raise ConfigError(
                 f"guidance={self.guidance} needs pictures without captions in training: set caption_dropout"
             )
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1")
-        if self.bpe_captions < 1:
-            raise ConfigError(f"bpe_captions={self.bpe_captions} must be at least 1")
-        for name in ("warmup", "patience", "lr_end", "guidance"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("text_weight", "bpe_dropout", "caption_dropout", "code_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must lie between 0 and 1")
+        require(self, "be above 0 and at most 1", lambda v: 0 < v <= 1, "top_p")
+        require(self, "be at least 1", lambda v: v >= 1, "bpe_captions")
+        require(self, "not be negative", lambda v: v >= 0, "warmup", "patience", "lr_end", "guidance")
+        shares = ("text_weight", "bpe_dropout", "caption_dropout", "code_dropout")
+        require(self, "lie between 0 and 1", lambda v: 0 <= v <= 1, *shares)
 
 
 PRESETS: dict[str, tuple[PriorConfig, PriorTraining]] = {

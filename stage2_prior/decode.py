@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle.boundary import opened
-from dalle.precision import as_they_are, fp32_products, tiles
+from dalle.precision import Arithmetic, as_they_are, fp32_products, tiles
 from dalle.text import NO_TOKEN
 from dalle.threads import using
 from stage2_prior.activation import STEEPNESS, quick_gelu
@@ -43,7 +43,7 @@ class Decoder:
 
     @torch.inference_mode()
     def __init__(
-        self, model: Prior, rows: int = 1, weights: Weights = "auto", precision: str = "fp32"
+        self, model: Prior, rows: int = 1, weights: Weights = "auto", precision: Arithmetic = "fp32"
     ) -> None:
         model = model.folded()
         c = self.config = model.config
@@ -54,7 +54,7 @@ class Decoder:
             (layer.attention.qkv, layer.attention.out, layer.mlp.up, layer.mlp.down) for layer in self.layers
         ]
         everything = [model.image_head, *chain(*linears)]
-        self.weights = resolve(weights, "bf16" if precision == "bf16" else "fp32", everything)
+        self.weights = resolve(weights, precision, everything)
         rounded = self.weights in ROUNDED
         # x·sigmoid(sx) is silu(sx) / s: one pass, where the factors go into weights that are rounded anyway.
         s = STEEPNESS

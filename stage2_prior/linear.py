@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.errors import ConfigError
+from dalle.precision import Arithmetic
 
 # fp32    as they are
 # fp16    rounded to 16 bits, every product and sum in fp32; on CPUs
@@ -34,7 +35,7 @@ LEAST = 1e-30  # step of what is rounded, where all of it is 0
 GROUP = 32  # inputs that share a scale and an offset in int4
 
 
-def resolve(weights: Weights, precision: Literal["fp32", "bf16"], linears: Sequence[nn.Linear]) -> Weights:
+def resolve(weights: Weights, precision: Arithmetic, linears: Sequence[nn.Linear]) -> Weights:
     """What `auto` stands for.
 
     Raises:

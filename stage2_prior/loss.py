@@ -1,4 +1,4 @@
-"""The prior's cross-entropy: an eighth for the text, the rest for the picture."""
+"""The prior's cross-entropy, of the text and of the picture."""
 
 from typing import Any
 
@@ -35,7 +35,6 @@ def losses(
         threads: share out the batch; the losses are those of the whole of it.
         hidden: codes that no slot sees; they are targets like all others.
     """
-
     tables = model.code_tables()  # once for all threads
 
     def sums(tokens: Tensor, codes: Tensor, hidden: Tensor | None = None) -> Tensor:
@@ -55,6 +54,11 @@ def losses(
     text, image = threads.apply(sums, *columns, parameters=parameters).sum(0)
     shared = int((tokens >= 0).sum()) if words is None else words
     return text / (shared or 1), image / codes.numel()
+
+
+def weighted(text: Tensor, image: Tensor, text_weight: float = 1 / 8) -> Tensor:
+    """What is minimised: `text_weight` of the text loss, in the paper 1/8, and the rest of the image loss."""
+    return text_weight * text + (1 - text_weight) * image
 
 
 def cross_entropy(

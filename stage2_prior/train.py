@@ -1,6 +1,6 @@
 """Training the prior: what the loop is told, from top to bottom.
 
-The dVAE comes as two functions, `encode` and `decode`: this stage knows nothing else of the other.
+The dVAE comes as `Codes`: this stage knows nothing else of the other.
 """
 
 import math
@@ -27,7 +27,7 @@ from dalle.optim import parameter_count
 from dalle.pictures import contact_sheet, save_png, to_images, to_pixels
 from dalle.precision import DTYPES, Arithmetic, arithmetic, best_device
 from dalle.process import suit_computing
-from dalle.runs import Options, Plan, plan
+from dalle.runs import Options, StageRun, resolve_run
 from dalle.schedules import Plateau, cosine, warmup
 from dalle.text import NO_TOKEN, Tokenizer, cut_or_pad
 from dalle.threads import Threads, cores
@@ -40,7 +40,7 @@ from stage2_prior.config import PRESETS, Backend, PriorTraining
 from stage2_prior.decode import Decoder
 from stage2_prior.flops import matrix_flops
 from stage2_prior.grow import PICTURES, Coarse, grow
-from stage2_prior.loss import losses
+from stage2_prior.loss import losses, weighted
 from stage2_prior.model import Prior
 from stage2_prior.sample import Sampling, draw, noise, read
 
@@ -54,7 +54,7 @@ SCENE_PROMPTS = (
 )  # fmt: skip
 
 
-def resolve(options: Options, codes: Codes, *, preset: str, data: str) -> Plan:
+def resolve(options: Options, codes: Codes, *, preset: str, data: str) -> StageRun:
     """What `train` would do for these options, in a run whose dVAE gives `codes`.
 
     Args:
@@ -62,9 +62,9 @@ def resolve(options: Options, codes: Codes, *, preset: str, data: str) -> Plan:
         data: likewise.
 
     Raises:
-        ConfigError: see `dalle.runs.plan`; also a dVAE other than the one this prior was begun on.
+        ConfigError: see `dalle.runs.resolve_run`; also a dVAE other than the one this prior was begun on.
     """
-    run = plan(options, "prior", PRESETS, default_preset=preset, default_data=data)
+    run = resolve_run(options, "prior", PRESETS, default_preset=preset, default_data=data)
     model = run.model
     if run.resumed:
         begun_on = read_json(run.folder / "config.json").get("dvae")
@@ -142,7 +142,7 @@ def prepare(
     return Session(stage, engine, loader, run.folder, here, run.budget(), write)
 
 
-def _model(run: Plan, codes: Codes, coarse: Coarse | None, pictures: Callable[[], Tensor]) -> Prior:
+def _model(run: StageRun, codes: Codes, coarse: Coarse | None, pictures: Callable[[], Tensor]) -> Prior:
     """The prior as a new run begins; one that goes on loads its weights afterwards."""
     config: PriorTraining = run.training
     model = build(lambda: Prior(run.model), config)
@@ -160,14 +160,14 @@ def _model(run: Plan, codes: Codes, coarse: Coarse | None, pictures: Callable[[]
     return model
 
 
-def _attention(run: Plan, device: torch.device, precision: Arithmetic) -> Backend:
+def _attention(run: StageRun, device: torch.device, precision: Arithmetic) -> Backend:
     """The setting resolved. It is kept in config.json: a run that goes on has to give the same bits."""
     config: PriorTraining = run.training
     pictures = max(1, config.pictures_at_once(topology().world) // cores(device))
     return backends.choose(config.attention, run.model, min(pictures, TRIED), DTYPES[precision], device)
 
 
-def _grown_from(run: Plan, codes: Codes, coarse: Coarse | None) -> dict[str, str]:
+def _grown_from(run: StageRun, codes: Codes, coarse: Coarse | None) -> dict[str, str]:
     """What config.json tells of the prior that this one began with."""
     began = read_json(run.folder / "config.json").get("grown_from") if run.resumed else None
     if coarse is not None and not run.resumed:
@@ -181,7 +181,7 @@ def _grown_from(run: Plan, codes: Codes, coarse: Coarse | None) -> dict[str, str
     return {"grown_from": began} if began else {}
 
 
-def _tokenizer(run: Plan, source: Source, coarse: Coarse | None) -> Tokenizer:
+def _tokenizer(run: StageRun, source: Source, coarse: Coarse | None) -> Tokenizer:
     """The run's tokenizer: in a new run that of the prior it grows from, or learned from the captions."""
     path = run.folder / "tokenizer.json"
     if run.resumed:
@@ -262,7 +262,7 @@ class Stage2:
     def __init__(
         self,
         model: Prior,
-        run: Plan,
+        run: StageRun,
         codes: Codes,
         tokenizer: Tokenizer,
         heldout: tuple[Tensor, ...],
@@ -285,6 +285,7 @@ class Stage2:
         counts = torch.bincount(self.heldout_codes.flatten(), minlength=codes.vocab_size).double()
         p = counts[counts > 0] / counts.sum()
         self.unigram_entropy = float((p * -p.log()).sum())
+        self.words = 0.0  # text tokens of a micro-batch, in the mean over the batch
         self.prompts = prompts
         rows = [cut_or_pad(tokenizer.encode(prompt), run.model.text_length - 1)[0] for prompt in prompts]
         self.prompt_tokens = torch.from_numpy(np.stack(rows)).to(self.heldout_tokens.device)
@@ -315,11 +316,8 @@ class Stage2:
         self.cut, self.seen = self.cut + cut.sum(), self.seen + len(cut)
         unseen = hidden if self.config.code_dropout else None
         text, image = losses(self.model, tokens, self.encode(pixels), self.words, self.threads, unseen)
-        return self.weighted(text, image), self.metrics(text.detach(), image.detach())
-
-    def weighted(self, text: Tensor, image: Tensor) -> Tensor:
-        """`text_weight` of the text loss, in the paper an eighth, and the rest of the image loss."""
-        return self.config.text_weight * text + (1 - self.config.text_weight) * image
+        loss = weighted(text, image, self.config.text_weight)
+        return loss, self.metrics(text.detach(), image.detach())
 
     def metrics(self, text: Tensor, image: Tensor) -> dict[str, Tensor]:
         """Nats per token of both kinds, and what that makes for a whole picture."""
@@ -341,7 +339,8 @@ class Stage2:
         parts = (held.split(self.at_once) for held in (self.heldout_tokens, self.heldout_codes))
         for tokens, codes in zip(*parts, strict=True):
             text, image = losses(self.model, tokens, codes, words * len(codes), self.threads)
-            for name, value in {"loss": self.weighted(text, image), **self.metrics(text, image)}.items():
+            loss = weighted(text, image, self.config.text_weight)
+            for name, value in {"loss": loss, **self.metrics(text, image)}.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(codes) / len(self.heldout_codes)
         metrics = {f"heldout_{name}": value for name, value in sums.items()}
         metrics["heldout_unigram_entropy"] = self.unigram_entropy

@@ -25,8 +25,8 @@ LEAP = 1_000_000_007
 
 
 @dataclass
-class Batch:
-    """What a worker sends: stacked tensors, what it skipped on the way, or the error that ended it."""
+class Prepared:
+    """A sample or a stack of them, what was skipped on the way, or the error that ended it."""
 
     tensors: tuple[Tensor, ...] = ()
     skipped: dict[str, str] = field(default_factory=dict)
@@ -101,10 +101,10 @@ class Loader:
                 break
         if not rows:
             raise _nothing_readable(self._samples.source, self.skipped)
-        return _stack([Batch(row) for row in rows]).tensors
+        return _stack([Prepared(row) for row in rows]).tensors
 
 
-class _Samples(Dataset[Batch]):
+class _Samples(Dataset[Prepared]):
     """Position → one prepared sample."""
 
     def __init__(self, source: Source, prepare: Prepare, seed: int, shuffle: bool, min_side: int) -> None:
@@ -114,20 +114,20 @@ class _Samples(Dataset[Batch]):
         self.shuffle = shuffle
         self.min_side = min_side
 
-    def __getitem__(self, position: int) -> Batch:
+    def __getitem__(self, position: int) -> Prepared:
         length = len(self.source)
         epoch = position - position % length
         skipped: dict[str, str] = {}
         for step in range(min(TRIES, length)):
             place = (position + step * LEAP) % length
             try:
-                return Batch(self.read(self.index(epoch + place), self.rng(position)), skipped)
+                return Prepared(self.read(self.index(epoch + place), self.rng(position)), skipped)
             except BadSample as bad:
                 skipped[bad.key] = bad.reason
             except DalleError as error:
                 # A value, because torch re-raises a worker's exception with its traceback as the message.
-                return Batch(skipped=skipped, error=error)
-        return Batch(skipped=skipped, error=_nothing_readable(self.source, skipped))
+                return Prepared(skipped=skipped, error=error)
+        return Prepared(skipped=skipped, error=_nothing_readable(self.source, skipped))
 
     def index(self, position: int) -> int:
         length = len(self.source)
@@ -145,13 +145,13 @@ class _Samples(Dataset[Batch]):
         return np.random.default_rng((self.seed, position))
 
 
-def _stack(rows: list[Batch]) -> Batch:
+def _stack(rows: list[Prepared]) -> Prepared:
     skipped = {key: reason for row in rows for key, reason in row.skipped.items()}
     error = next((row.error for row in rows if row.error), None)
     if error:
-        return Batch(skipped=skipped, error=error)
+        return Prepared(skipped=skipped, error=error)
     columns = zip(*(row.tensors for row in rows), strict=True)
-    return Batch(tuple(torch.stack(column) for column in columns), skipped)
+    return Prepared(tuple(torch.stack(column) for column in columns), skipped)
 
 
 def _nothing_readable(source: Source, skipped: dict[str, str]) -> DataError:

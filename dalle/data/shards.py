@@ -47,17 +47,17 @@ class Shards:
         self.keys: list[str] = []
         tables = []
         for number, path in enumerate(self.paths):
-            members, loss = _members(path)
-            if loss:
-                self.bad.append(BadSample(path.name, loss))
+            members, flaw = _members(path)
+            if flaw:
+                self.bad.append(BadSample(path.name, flaw))
             rows = list(_samples(members))
             self.keys += [f"{path.name}/{image.name}" for image, _ in rows]
             tables.append(np.array([_row(number, image, text) for image, text in rows], dtype=ROW))
         self._table = np.concatenate(tables)
         if not self._table["text"].any():
-            loss = f" ({self.bad[0]})" if self.bad else ""
+            flaw = f" ({self.bad[0]})" if self.bad else ""
             raise DataError(
-                f"{pattern}: {len(self)} pictures in {len(self.paths)} shards, none with captions{loss}; "
+                f"{pattern}: {len(self)} pictures in {len(self.paths)} shards, none with captions{flaw}; "
                 "put a .txt or .json of the same name beside each"
             )
 

@@ -10,7 +10,7 @@ from weakref import WeakSet
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-Batch = TypeVar("Batch")
+Stacked = TypeVar("Stacked")
 
 # Seconds between a SIGTERM and the end of a worker that its parent has not stopped by then: the parent ends
 # its update and may save first. A worker without a parent ends by itself within seconds.
@@ -23,9 +23,9 @@ def read_ahead(
     samples: Dataset[Any],
     positions: Iterable[int],
     batch_size: int,
-    stack: Callable[[list[Any]], Batch],
+    stack: Callable[[list[Any]], Stacked],
     workers: int,
-) -> Generator[Batch, None, None]:
+) -> Generator[Stacked, None, None]:
     """`stack` of every `batch_size` samples at `positions`, in order, prepared by `workers` processes.
 
     With 0 workers they are prepared here. The processes end when the generator is closed or fails, and at

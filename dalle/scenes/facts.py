@@ -1,7 +1,7 @@
 """What a scene holds and what a caption says about it; every number is in units of the picture's side."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast, get_args
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
 
 Shape = Literal["circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring"]
 Background = Literal["white", "black", "grey", "beige", "lavender"]
@@ -96,7 +96,3 @@ class Facts:
     place: Place | None = None
     relation: Relation | None = None
     background: Background | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields by name, in JSON's own types."""
-        return asdict(self) | {"shapes": list(self.shapes), "colours": list(self.colours)}

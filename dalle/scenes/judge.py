@@ -12,7 +12,7 @@ from PIL import Image
 from dalle.scenes.draw import draw
 from dalle.scenes.facts import SHAPES, Background, Colour, Facts, Object, Relation, Scene, Shape
 from dalle.scenes.regions import SIDE, Cover, Region, fill, find_regions
-from dalle.scenes.words import NUMBER_WORDS, PLACE_WORDS
+from dalle.scenes.words import NUMBER_WORDS, PLACE_WORDS, with_article
 
 Picture = Image.Image | UInt8[np.ndarray, "h w 3"]
 
@@ -155,17 +155,19 @@ def _relation(first: Finding, second: Finding) -> Relation | None:
 def _kind_reasons(asked: Sequence[Asked], pairs: Sequence[Pairing]) -> Iterator[str]:
     for (shape, colour), seen in pairs:
         if (seen.known_shape, seen.known_colour) != (shape, colour):
-            yield f"asked for {_a(colour)} {shape}, found {_as_seen(seen)}"
+            yield f"asked for {with_article(colour)} {shape}, found {_as_seen(seen)}"
     for shape, colour in asked:
         if (shape, colour) not in dict(pairs):
-            yield f"asked for {_a(colour)} {shape}, found none"
+            yield f"asked for {with_article(colour)} {shape}, found none"
 
 
 def _reasons(
     wrong: set[str], facts: Facts, reading: Reading, first: Finding | None, relation: Relation | None
 ) -> Iterator[str]:
     """Why the other facts do not hold; nothing of an object that is not there."""
-    things = [f"{_a(colour)} {shape}" for shape, colour in zip(facts.shapes, facts.colours, strict=True)]
+    things = [
+        f"{with_article(colour)} {shape}" for shape, colour in zip(facts.shapes, facts.colours, strict=True)
+    ]
     if "count" in wrong:
         found = len(reading.objects)
         number = {0: "none", 1: "one", **NUMBER_WORDS}
@@ -179,19 +181,15 @@ def _reasons(
         found_it = f"{relation} it" if relation else "neither beside nor inside it"
         yield f"asked for {things[0]} {facts.relation} {things[1]}, found it {found_it}"
     if "background" in wrong and facts.background:
-        found_one = f"{_a(reading.background)} one" if reading.background else "none that is known"
-        yield f"asked for {_a(facts.background)} background, found {found_one}"
+        found_one = f"{with_article(reading.background)} one" if reading.background else "none that is known"
+        yield f"asked for {with_article(facts.background)} background, found {found_one}"
 
 
 def _as_seen(seen: Finding) -> str:
     if seen.known_colour:
         shape = seen.known_shape or "thing of no known shape"
-        return f"{_a(seen.known_colour)} {shape}"
-    return f"{_a(seen.known_shape)} of no known colour" if seen.known_shape else "something unknown"
-
-
-def _a(word: str) -> str:
-    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+        return f"{with_article(seen.known_colour)} {shape}"
+    return f"{with_article(seen.known_shape)} of no known colour" if seen.known_shape else "something unknown"
 
 
 def _recognise(at: int, region: Region) -> Finding:

@@ -72,13 +72,17 @@ def fill(mask: Mask) -> Mask:
 
 def grow(mask: Mask) -> Mask:
     """With the pixels that touch it, corners included."""
-    tall = mask.copy()
-    tall[1:] |= mask[:-1]
-    tall[:-1] |= mask[1:]
-    wide = tall.copy()
-    wide[:, 1:] |= tall[:, :-1]
-    wide[:, :-1] |= tall[:, 1:]
-    return wide
+    return _of_3x3(mask, np.logical_or)
+
+
+def _of_3x3(values: np.ndarray, combine: np.ufunc) -> np.ndarray:
+    """`combine` of every pixel and the eight around it."""
+    for _ in range(2):  # along one axis, then along the other
+        near = values.copy()
+        combine(near[1:], values[:-1], out=near[1:])
+        combine(near[:-1], values[1:], out=near[:-1])
+        values = near.T
+    return values
 
 
 def _pixels(picture: Image.Image) -> Pixels:
@@ -118,13 +122,7 @@ def _labels(pixels: Pixels, background: Background, ground: Mean) -> Int[np.ndar
     label = squares.argmin(-1)
     impurity = squares.min(-1).clip(0).astype(np.int64)
     key = impurity * 16 + label  # in one number, so that the least impurity brings its label along
-    tall = key.copy()
-    np.minimum(tall[1:], key[:-1], out=tall[1:])
-    np.minimum(tall[:-1], key[1:], out=tall[:-1])
-    least = tall.copy()
-    np.minimum(least[:, 1:], tall[:, :-1], out=least[:, 1:])
-    np.minimum(least[:, :-1], tall[:, 1:], out=least[:, :-1])
-    return np.where(impurity < PURE**2, label, least % 16)
+    return np.where(impurity < PURE**2, label, _of_3x3(key, np.minimum) % 16)
 
 
 def _connected(labels: Int[np.ndarray, "side side"]) -> list[Mask]:

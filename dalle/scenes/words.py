@@ -120,7 +120,12 @@ def caption(scene: Scene, rng: Random, split: Split) -> tuple[str, Facts]:
 
 
 def _one(size: str | None, thing: Object) -> str:
-    words = f"{size} {thing.colour} {thing.shape}" if size else f"{thing.colour} {thing.shape}"
+    words = f"{thing.colour} {thing.shape}"
+    return with_article(f"{size} {words}" if size else words)
+
+
+def with_article(words: str) -> str:
+    """With "a" or "an" before them."""
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 

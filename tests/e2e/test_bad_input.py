@@ -288,7 +288,7 @@ def test_a_run_that_was_started_otherwise(dalle, run, make, more, said):
     ("arguments", "said"),
     [
         (["sample", "x"], "holds no trained dvae: `dalle train-dvae --run nowhere` trains one"),
-        (["train-prior"], "holds no trained dvae: run `dalle train-dvae --run nowhere` first"),
+        (["train-prior"], "holds no trained dvae: `dalle train-dvae --run nowhere` trains one"),
         (["reconstruct", "x.png"], "nowhere/dvae/config.json does not exist"),
     ],
 )

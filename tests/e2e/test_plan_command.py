@@ -20,7 +20,9 @@ def test_a_plan_for_machines_is_json_of_the_preset(dalle):
     assert needed["activations"] > 0
 
 
-@pytest.mark.parametrize("more", [["--preset", "tiny"], ["--set", "optimizer=adamw"]])
+@pytest.mark.parametrize(
+    "more", [["--preset", "tiny"], ["--set", "optimizer=adamw"], ["--zero", 0], ["--rank", 0]]
+)
 def test_a_proposal_refuses_what_it_would_choose_itself(dalle, more):
     done = dalle("plan", "--data", "scenes", "--hours", 1, "--rate", 1, *more)
-    assert "leave out --preset and --set" in complaint(done)
+    assert "leave out --preset, --set, --zero and --rank" in complaint(done)

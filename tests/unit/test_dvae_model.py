@@ -271,7 +271,7 @@ def test_other_ways_to_compute_change_neither_values_nor_gradients(way, monkeypa
         other.recompute()
 
     def passed(model):
-        decoded = model.decoded(torch.softmax(model.logits(x), 1))
+        decoded = model.decoder(torch.softmax(model.logits(x), 1))
         return decoded, *torch.autograd.grad(decoded.square().sum(), [*model.parameters()])
 
     torch.testing.assert_close(passed(other), passed(plain), rtol=1e-3, atol=1e-5)

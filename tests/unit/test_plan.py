@@ -238,23 +238,23 @@ def test_compression_is_planned_where_training_would_compress():
 
 
 def test_a_plan_for_machines_is_whole():
-    told = facts(make_plan("tiny", ONE, precision="fp32"))
+    told = facts(make_plan("tiny", ONE))
     assert told["fits"]
     assert told["memory"].keys() == {"zero_0"}
     assert told["cheaper"] == []
-    assert told["parameters"]["all"] == sum(parameters(make_plan("tiny", ONE, precision="fp32").model))
+    assert told["parameters"]["all"] == sum(parameters(make_plan("tiny", ONE).model))
 
 
 def test_a_proposal_keeps_to_the_hours_and_the_data():
     fast = replace(ONE, rate=1e14)
-    many = propose(fast, pictures=10**8, hours=24.0, precision="fp32")
-    few = propose(fast, pictures=1000, hours=24.0, precision="fp32")
+    many = propose(fast, pictures=10**8, hours=24.0)
+    few = propose(fast, pictures=1000, hours=24.0)
     assert many.hours <= 24
     assert many.preset == "small"
     assert few.preset == "tiny"
     assert few.epochs <= 30
     for proposal in (many, few):
-        model = make_plan(proposal.preset, ONE, precision="fp32").model
+        model = make_plan(proposal.preset, ONE).model
         seen = proposal.steps * proposal.batch_size * (model.text_length + model.cells)
         assert proposal.tokens_per_parameter == pytest.approx(seen / parameters(model)[0])
 
@@ -267,8 +267,8 @@ def test_what_neither_data_nor_hours_could_train_is_not_worked_out(monkeypatch):
         return make_plan(name, *args, **more)
 
     monkeypatch.setattr(plan, "make_plan", noted)
-    propose(replace(ONE, rate=1e14), pictures=1000, hours=24.0, precision="fp32")
-    propose(replace(ONE, rate=1e9), pictures=10**8, hours=1.0, precision="fp32")
+    propose(replace(ONE, rate=1e14), pictures=1000, hours=24.0)
+    propose(replace(ONE, rate=1e9), pictures=10**8, hours=1.0)
     assert tried == ["tiny", "tiny"]
 
 
@@ -286,7 +286,7 @@ def test_sizes_as_people_write_them(text, size):
 def test_a_plan_takes_the_settings_as_training_does():
     cluster = replace(ONE, gpus=8, per_machine=4)
     settings = ("micro_batch=4", "offload=cpu", "compression_rank=0", "width=24", "heads=3", "depth=2")
-    choice = make_plan("small", cluster, settings=settings, precision="fp32").choice
+    choice = make_plan("small", cluster, settings=settings).choice
     assert (choice.micro_batch, choice.offload, choice.rank) == (4, True, 0)
 
 

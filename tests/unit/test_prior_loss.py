@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dalle.precision import arithmetic
-from dalle.runs import Plan
+from dalle.runs import StageRun
 from dalle.scenes.source import Scenes
 from dalle.text import cut_or_pad
 from dalle.threads import Threads, using
 from stage2_prior import loss
 from stage2_prior.config import PRESETS, PriorTraining
-from stage2_prior.loss import losses
+from stage2_prior.loss import losses, weighted
 from stage2_prior.train import Codes, Stage2, _prepare
 from tests import oracles, tiny
 
@@ -158,7 +158,7 @@ def test_gradients_in_16_bits_are_those_of_fp32_but_for_rounding(precision, limi
 
 def stage(tmp_path, model, precision="fp32", **settings) -> Stage2:
     training = PriorTraining(precision=precision, **settings)
-    plan = Plan(tmp_path, "tiny", "scenes", model.config, training, resumed=False)
+    plan = StageRun(tmp_path, "tiny", "scenes", model.config, training, resumed=False)
     grid = model.config.grid
     dvae = Codes(
         16, grid, 13, lambda p: (p[:, 0, :grid, :grid] * 12).round().long(), lambda c: c, torch.eye(13), "0"
@@ -176,13 +176,11 @@ def test_gradients_that_are_gathered_beside_autograd_come_from_one_thread(weight
     assert task.threads.count == threads
 
 
-def test_the_text_counts_one_eighth_and_the_picture_seven(tmp_path):
-    model = tiny.prior(text_vocab=280)
-    task = stage(tmp_path, model)
-    assert task.weighted(torch.tensor(8.0), torch.tensor(0.0)).item() == 1
-    assert task.weighted(torch.tensor(0.0), torch.tensor(8.0)).item() == 7
-    other = stage(tmp_path, model, text_weight=0.25)
-    assert other.weighted(torch.tensor(8.0), torch.tensor(4.0)).item() == 5
+def test_the_text_counts_one_eighth_and_the_picture_seven():
+    nothing, eight = torch.tensor(0.0), torch.tensor(8.0)
+    assert weighted(eight, nothing).item() == 1
+    assert weighted(nothing, eight).item() == 7
+    assert weighted(eight, torch.tensor(4.0), text_weight=0.25).item() == 5
 
 
 def test_a_picture_has_the_same_codes_in_training_and_held_out(tmp_path):
@@ -205,9 +203,10 @@ def test_every_preset_keeps_the_papers_weights():
     assert {training.text_weight for _, training in PRESETS.values()} == {1 / 8}
 
 
-def test_the_loss_of_a_batch_is_that_of_the_dvaes_codes_in_raster_order(tmp_path):
+@pytest.mark.parametrize("text_weight", [1 / 8, 0.5])
+def test_the_loss_of_a_batch_is_that_of_the_dvaes_codes_in_raster_order(tmp_path, text_weight):
     model = tiny.prior(text_vocab=280)
-    task = stage(tmp_path, model)
+    task = stage(tmp_path, model, text_weight=text_weight)
     tokens, codes = tiny.batch(model, 3)
     pixels = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
     # Bytes that the stand-in dVAE encodes as these codes.
@@ -217,7 +216,8 @@ def test_the_loss_of_a_batch_is_that_of_the_dvaes_codes_in_raster_order(tmp_path
     task.begin([batch], lambda function, *arguments: function(*arguments))
     loss, metrics = task.loss(batch, step=0, positions=range(3))
     text, image = losses(model, tokens, codes)
-    assert loss.item() == pytest.approx(text.item() / 8 + 7 * image.item() / 8, rel=1e-6)
+    expected = text_weight * text.item() + (1 - text_weight) * image.item()
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
     assert metrics["text_loss"].item() == pytest.approx(text.item())
     assert metrics["image_loss"].item() == pytest.approx(image.item())
     bits = image.item() * 16 / math.log(2)

@@ -13,7 +13,7 @@ from dalle import states
 from dalle.checkpoint import write_json
 from dalle.distributed import Part
 from dalle.errors import CheckpointError, ConfigError
-from dalle.runs import HORIZONS, Options, Plan, plan
+from dalle.runs import HORIZONS, Options, StageRun, resolve_run
 from dalle.states import write_state
 from dalle.training import CHANGEABLE
 from stage1_dvae.config import PRESETS as DVAE_PRESETS
@@ -26,9 +26,9 @@ TRAINING = DVAETraining(batch_size=4, steps=1000, lr_steps=900, beta_steps=500, 
 PRESETS = {"tiny": (MODEL, TRAINING), "large": (MODEL, dataclasses.replace(TRAINING, batch_size=64))}
 
 
-def resolve(run, *settings: str, **options) -> Plan:
+def resolve(run, *settings: str, **options) -> StageRun:
     given = Options(run, settings=settings, **options)
-    return plan(given, "dvae", PRESETS, default_preset="tiny", default_data="scenes")
+    return resolve_run(given, "dvae", PRESETS, default_preset="tiny", default_data="scenes")
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def begun(started):
 
 def test_without_options_it_is_the_default_preset_on_the_default_data(tmp_path):
     spans = ("warmup", "lr_steps", "beta_steps", "tau_steps")
-    assert resolve(tmp_path) == Plan(
+    assert resolve(tmp_path) == StageRun(
         tmp_path / "dvae", "tiny", "scenes", MODEL, TRAINING, resumed=False, spans=spans
     )
 

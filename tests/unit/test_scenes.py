@@ -1,6 +1,5 @@
 """The built-in scenes: true captions, readable pictures, exact splits."""
 
-import json
 import re
 from collections import Counter
 from dataclasses import replace
@@ -399,14 +398,6 @@ def test_no_place_size_or_background_tells_the_split():
 
 def mirrored(scene: Scene) -> Scene:
     return replace(scene, objects=tuple(replace(thing, x=1 - thing.x) for thing in scene.objects))
-
-
-def test_facts_are_json():
-    for i in range(50):
-        facts = Scenes("train").facts(i)
-        read = json.loads(json.dumps(facts.to_json()))
-        assert read == facts.to_json()
-        assert replace(facts, **read | {k: tuple(read[k]) for k in ("shapes", "colours")}) == facts
 
 
 @pytest.mark.parametrize(("split", "length"), [("train", 2**24), ("heldout", 2**16), ("pairs", 2**16)])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from dalle.metrics import read_metrics
 from dalle.noise import noise_of
 from dalle.precision import fp32_products
-from dalle.runs import Options, Plan
+from dalle.runs import Options, StageRun
 from dalle.training import fit
 from stage1_dvae.config import PRESETS, DVAETraining
 from stage1_dvae.loss import elbo
@@ -25,7 +25,7 @@ def stage(folder, training: DVAETraining = PAPER, pictures: int = 1) -> Stage1:
     heldout = torch.randint(
         256, (pictures, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    plan = Plan(folder / "dvae", "paper", "scenes", model.config, training, resumed=False)
+    plan = StageRun(folder / "dvae", "paper", "scenes", model.config, training, resumed=False)
     return Stage1(model, plan, heldout)
 
 

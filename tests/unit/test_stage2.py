@@ -11,7 +11,7 @@ from PIL import Image
 from dalle.data.source import Sample
 from dalle.metrics import read_metrics
 from dalle.pipeline import codes_of
-from dalle.runs import Options, Plan
+from dalle.runs import Options, StageRun
 from dalle.text import NO_TOKEN, cut_or_pad, normalise
 from dalle.training import fit as train
 from stage2_prior.codes import Codes
@@ -46,7 +46,7 @@ def pictures_of(codes: torch.Tensor) -> torch.Tensor:
 
 def stage(folder, training: PriorTraining = PAPER, codes: torch.Tensor | None = None) -> Stage2:
     words, model = tiny.tokenizer(), tiny.prior(text_vocab=280)
-    plan = Plan(folder / "prior", "paper", "scenes", model.config, training, resumed=False)
+    plan = StageRun(folder / "prior", "paper", "scenes", model.config, training, resumed=False)
     dvae = Codes(
         16, 4, 13, lambda p: (p[:, 0, :4, :4] * 12).round().long(),
         lambda c: (c / 12)[:, None].expand(-1, 3, -1, -1), torch.eye(13), "0",
