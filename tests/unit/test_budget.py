@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from dalle.budget import Budget, lasting
+from dalle.budget import Budget, lasting, record
 from dalle.checkpoint import write_json
 from dalle.config import to_json
 from dalle.metrics import read_metrics
@@ -86,6 +86,26 @@ def test_a_stopped_one_goes_on_to_the_end_that_it_had_then(tmp_path, clock):
     again = Timed(tmp_path, clock, RATES["steady"], steps=saved)
     assert again.run()
     assert len(again.lrs) == saved - 30
+
+
+def test_a_continued_one_looks_at_its_own_rate_every_so_many_updates(tmp_path, clock, monkeypatch):
+    """Not after its first one, which is slow: what is fitted to that would end at once."""
+    task = Timed(tmp_path, clock, RATES["steady"], steps=50)
+    task.stop_at = 29
+    assert not task.run_for(2.0)
+    looked, steps = [], Budget.steps
+    monkeypatch.setattr(
+        Budget, "steps", lambda self, made, rate: looked.append(made) or steps(self, made, rate)
+    )
+    assert Timed(tmp_path, clock, RATES["steady"], steps=120).run_for(0.5)
+    assert looked[:2] == [29 + REFIT, 29 + 2 * REFIT]
+
+
+def test_what_config_json_says_beside_stays_when_the_time_is_fitted(tmp_path):
+    write_json(tmp_path / "config.json", {"format": 1, "data": "scenes", "training": {}})
+    record(tmp_path, config(steps=7))
+    found = json.loads((tmp_path / "config.json").read_text())
+    assert found == {"format": 1, "data": "scenes", "training": to_json(config(steps=7))}
 
 
 def test_a_finished_one_trains_on_for_a_time(tmp_path, clock):

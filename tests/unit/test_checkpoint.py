@@ -162,6 +162,47 @@ def test_a_state_takes_its_name_in_one_step(tmp_path, monkeypatch):
     assert renamed == [("step-00000005.partial", "step-00000005", whole)]
 
 
+def test_a_state_is_on_the_disk_before_it_takes_its_name_and_the_name_after_it(tmp_path, monkeypatch):
+    events, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda _handle: events.append("tensors"))
+    monkeypatch.setattr(states, "sync", lambda path: events.append(path.name))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("renamed"), replace(a, b)))
+    save(tmp_path / "state", 5)
+    assert events == ["tensors"] * 2 + ["state.json", "step-00000005.partial", "renamed", "state"]
+
+
+def publish(run: Path, step: int) -> None:
+    """A state, and its average as the weights to draw with."""
+    average = {"average": {"w": Part((3,), 0, torch.full((3,), float(step)))}}
+    write_state(run / "state", step, average, {}, 2, weights=run / "weights.safetensors")
+
+
+def test_the_weights_to_draw_with_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    publish(tmp_path, 3)
+    before = files(tmp_path)
+
+    def half(source, target):
+        Path(target).write_bytes(Path(source).read_bytes()[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", half)
+    with pytest.raises(CheckpointError, match="No space left"):
+        publish(tmp_path, 5)
+    assert files(tmp_path) == before
+
+
+def test_a_disk_that_fills_after_the_weights_leaves_nothing_beside_the_earlier_states(tmp_path, monkeypatch):
+    publish(tmp_path, 3)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        publish(tmp_path, 5)
+    assert os.listdir(tmp_path / "state") == ["step-00000003"]
+
+
 def test_a_full_disk_at_any_point_leaves_the_earlier_weights_alone(tmp_path):
     save_weights(tmp_path / "before", net(0).state_dict())
     old = (tmp_path / "before" / "weights.safetensors").read_bytes()
@@ -306,6 +347,15 @@ def test_a_refused_newer_state_does_not_crowd_out_the_one_just_saved(tmp_path, k
     found, refused = newest_state(tmp_path)
     assert found.values["step"] == 7
     assert not refused
+
+
+def test_what_is_to_go_is_no_state_even_before_it_is_deleted(tmp_path, monkeypatch):
+    """Or a kill would leave half of one, which resuming refuses with a warning."""
+    save(tmp_path, 3)
+    save(tmp_path, 10)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    save(tmp_path, 7, keep=1)
+    assert [path.name for path in state_folders(tmp_path)] == ["step-00000007"]
 
 
 def test_a_harmed_state_is_replaced_by_the_same_step(tmp_path):

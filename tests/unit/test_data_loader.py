@@ -176,6 +176,14 @@ def test_the_next_readable_sample_takes_a_bad_ones_place():
     assert loader.skipped == dict.fromkeys("235", "torn")
 
 
+def test_what_takes_a_bad_ones_place_is_prepared_anew():
+    """With the draws of that place: the sample is in the epoch twice, and not twice the same."""
+    loader = Loader(Numbers(6, broken=[2]), prepare, batch_size=6, seed=0, shuffle=False)
+    ((read, draws),) = take(loader, 1)
+    assert read[1] == read[2]
+    assert not torch.equal(draws[1], draws[2])
+
+
 def test_bad_samples_that_lie_together_neither_end_the_stream_nor_lean_on_their_neighbours():
     """A folder in it of small pictures, longer than the number of tries."""
     bad = range(100, 100 + 2 * TRIES)
@@ -249,6 +257,12 @@ def test_some_are_read_without_bad_samples_or_repetitions():
     assert loader.skipped == {"0": "torn", "2": "torn"}
     with pytest.raises(DataError, match="no readable picture"):
         Loader(Numbers(2, broken=[0, 1]), prepare, batch_size=1, seed=0).some(1)
+
+
+def test_a_sample_among_some_is_prepared_alike_in_any_order():
+    shuffled_or_not = (Loader(Numbers(9), prepare, batch_size=1, seed=1, shuffle=s) for s in (True, False))
+    one, other = (dict(zip(*(t.tolist() for t in each.some(9)), strict=True)) for each in shuffled_or_not)
+    assert one == other
 
 
 def test_some_are_of_the_whole_source():

@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 import pickle
 import re
 import tarfile
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -80,9 +82,10 @@ def test_a_picture_without_readable_captions_is_a_bad_sample(tmp_path, content, 
         assert caught.value.key == "b.png"
 
 
-def test_captions_may_be_in_capitals_as_pictures_may(tmp_path):
+@pytest.mark.parametrize("suffix", [".TXT", ".Txt"])
+def test_captions_may_be_in_capitals_as_pictures_may(tmp_path, suffix):
     (tmp_path / "IMG_1.JPG").write_bytes(png(1))
-    (tmp_path / "IMG_1.TXT").write_text("one")
+    (tmp_path / f"IMG_1{suffix}").write_text("one")
     assert Folder(tmp_path)[0].captions == ("one",)
 
 
@@ -118,6 +121,22 @@ def test_pictures_beside_shards_are_not_left_out_in_silence(tmp_path):
     (folder / "a.tar").touch()
     with pytest.raises(DataError, match=r"9 pictures beside 1 \.tar archives; give a folder of either kind"):
         open_source(str(folder), "train", 8)
+
+
+def test_pictures_in_capitals_beside_shards_are_not_left_out_either(tmp_path):
+    tiny.write_tar(tmp_path / "a.tar")
+    (tmp_path / "B.PNG").write_bytes(png(1))
+    with pytest.raises(DataError, match=r"1 pictures beside 1 \.tar archives"):
+        open_source(str(tmp_path), "train", 8)
+
+
+def test_a_macs_shadows_do_not_make_a_folder_one_of_the_other_kind(tmp_path):
+    tiny.write_tar(tmp_path / "shards" / "a.tar")
+    (tmp_path / "shards" / "._b.png").touch()
+    tiny.write_folder(tmp_path / "pictures")
+    (tmp_path / "pictures" / "._a.tar").touch()
+    for folder in ("shards", "pictures"):
+        assert len(open_source(str(tmp_path / folder), "train", 8)) == 8
 
 
 def test_an_empty_folder_is_refused(tmp_path):
@@ -362,11 +381,12 @@ def test_a_file_that_is_no_tar_is_refused(tmp_path):
         Shards(str(tmp_path / "0.tar"))
 
 
-def test_a_compressed_shard_is_refused_with_what_to_do(tmp_path):
-    with tarfile.open(tmp_path / "0.tar.gz", "w:gz"):
+@pytest.mark.parametrize("name", ["0.tar.gz", "0.tgz"])
+def test_a_compressed_shard_is_refused_with_what_to_do(tmp_path, name):
+    with tarfile.open(tmp_path / name, "w:gz"):
         pass
-    with pytest.raises(DataError, match=r"0\.tar\.gz: compressed.*gunzip it first"):
-        open_source(str(tmp_path / "0.tar.gz"), "train", 8)
+    with pytest.raises(DataError, match=rf"{re.escape(name)}: compressed.*gunzip it first"):
+        open_source(str(tmp_path / name), "train", 8)
 
 
 # Opening and splitting
@@ -428,6 +448,27 @@ def test_the_hash_splits_by_key_whatever_the_order_and_the_company(tmp_path):
     assert 20 < len(heldout) < 65  # 40 expected, standard deviation 6.3
     fewer = manifest(tmp_path / "f.jsonl", list(reversed(names[:1500])))
     assert keys(open_source(fewer, "heldout", 8)) == heldout & set(names[:1500])
+
+
+def test_a_sample_keeps_its_split_for_ever(tmp_path):
+    """A run that goes on with a later version must not be evaluated on what it was trained on."""
+    names = [f"{n}.png" for n in range(100)]
+    shares = {name: int(blake2b(name.encode(), digest_size=8).hexdigest(), 16) / 2**64 for name in names}
+    expected = {name for name, share in shares.items() if share < 0.05}
+    assert keys(open_source(manifest(tmp_path / "m.jsonl", names), "heldout", 8, 0.05)) == expected
+    assert 1 < len(expected) < 10
+
+
+def test_names_that_differ_only_in_bytes_that_are_not_utf8_are_split_apart(tmp_path):
+    for n in range(32):
+        name = os.fsdecode(b"%c" % (0xC0 + n))
+        (tmp_path / f"{name}.png").write_bytes(png(n))
+        (tmp_path / f"{name}.txt").write_text(str(n))
+    assert 4 < len(open_source(str(tmp_path), "train", 8, 0.5)) < 28
+
+
+def test_a_manifest_may_end_in_capitals(tmp_path):
+    assert len(open_source(manifest(tmp_path / "M.JSONL", "abc"), "train", 8)) == 2
 
 
 @pytest.mark.parametrize("name", ["photos.tar.d", "{a,b}", "{0..1}.tar"])

@@ -75,6 +75,22 @@ def test_the_gradients_norm_is_clipped_and_reported_as_it_was(clip, norm):
     assert seen == [pytest.approx(norm, rel=1e-5)]
 
 
+def test_backward_passes_round_fp32_operands_where_forward_passes_do():
+    for precision in ("fp32", "bf16", "fp16"):
+        one, seen = engine(precision=precision), []
+        torch.set_float32_matmul_precision("highest")
+
+        def forward(one=one, seen=seen):
+            weight = one.parameters[0] * 1.0
+            weight.register_hook(lambda _: seen.append(torch.backends.mkldnn.matmul.fp32_precision))
+            seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+            return weight.sum()
+
+        one.backward(one.run(forward), 1)
+        assert seen == [seen[0]] * 2
+        assert (seen[0] == "bf16") == (precision == "bf16")
+
+
 def test_what_several_machines_left_unsent_is_kept_until_an_update_is_made():
     plain, owing = engine(), engine()
     owing.compression = PowerSGD(None, matrices={"0.weight": 1}, rank=1, factors="fp32")
@@ -139,6 +155,17 @@ def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_moments(poiso
         {k: v for k, v in everything(hit).items() if not k.startswith("average")},
         {k: v for k, v in everything(spared).items() if not k.startswith("average")},
     )
+
+
+def test_the_average_takes_in_the_weights_when_it_is_time_whatever_became_of_the_update():
+    one = engine(every=2)
+    begun = one.average.weights[0].clone()
+    for step, scale in ((1, 1.0), (2, math.nan)):
+        pull(one, scale=scale)
+        one.update(0.1, step)
+    assert one.dropped == 1
+    expected = torch.lerp(begun, one.parameters[0].detach(), 1 - 2 / 11)
+    torch.testing.assert_close(one.average.weights[0], expected)
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])

@@ -6,11 +6,14 @@ import shutil
 
 import pytest
 
+from dalle.checkpoint import FORMAT, write_json
 from dalle.errors import ConfigError
-from dalle.evaluate import SPLITS, TITLES, Score, evaluate, interval
-from dalle.report import judge_and_report
+from dalle.evaluate import SPLITS, TITLES, Drawing, Score, evaluate, interval
+from dalle.report import _gallery, _settings, _stage, _table, _timing, judge_and_report
 from dalle.scenes.draw import draw
+from dalle.scenes.judge import Verdict
 from dalle.scenes.source import Scenes
+from stage2_prior.sample import Sampling
 from tests import tiny
 
 CAPTIONS = [
@@ -27,10 +30,11 @@ class Perfect:
             for split in ("heldout", "pairs", "relations", "wordings")
             for i in range(60)
         }
-        self.seeds = []
+        self.seeds, self.samplings = [], []
 
     def __call__(self, prompts, *, seed, sampling):
         self.seeds += list(seed)
+        self.samplings.append(sampling)
         pictures = [draw(self.known[prompt], 64) for prompt in prompts]
         return [p if i % 3 else p.resize((1, 1)).resize((64, 64)) for i, p in enumerate(pictures)]
 
@@ -51,6 +55,14 @@ def test_what_is_right_is_counted_split_by_split():
         assert said["facts"]["shape"] == {"prompts": 6, "right": 4}
 
 
+def test_what_is_drawn_in_several_parts_has_noise_of_its_own_and_the_settings_asked_for(monkeypatch):
+    monkeypatch.setattr("dalle.evaluate.AT_ONCE", 4)
+    model, how = Perfect(), Sampling(temperature=0.5)
+    evaluate(model, 6, seed=10, sampling=how)
+    assert model.seeds == list(range(10, 16)) * len(SPLITS)
+    assert model.samplings == [how] * 2 * len(SPLITS)
+
+
 def test_no_prompts_are_refused():
     with pytest.raises(ConfigError, match="prompts=0 must be at least 1"):
         evaluate(Perfect(), 0)
@@ -67,6 +79,44 @@ def test_the_interval_is_wilsons(right, asked, low, high):
 
 def test_a_score_without_drawings_has_no_facts():
     assert Score().facts() == {}
+
+
+def drawing(right: bool, **facts: bool) -> Drawing:
+    return Drawing("a <red> circle", tiny.picture(0), Verdict({"shape": right, **facts}, ("found <none>",)))
+
+
+def test_facts_are_shares_of_the_prompts_that_state_them():
+    drawings = [drawing(True), drawing(False), drawing(True, colour=True), drawing(True, colour=False)]
+    table = _table({"singles": Score(drawings)})
+    assert "<td>4<td><b>50%</b> <span class=quiet>15%–85%</span><td>75%<td>50%" in table
+    table = _table({"singles": Score([drawing(True)] * 3 + [drawing(False)])})
+    low, high = interval(3, 4)
+    assert f"<b>75%</b> <span class=quiet>{low:.0%}–{high:.0%}</span>" in table
+
+
+def test_a_drawing_is_marked_and_its_prompt_and_reasons_are_text():
+    right, wrong = (_gallery("singles", [drawing(each)]) for each in (True, False))
+    assert "<figure class=right>" in right
+    assert "a &lt;red&gt; circle<small>right</small>" in right
+    assert "<figure class=wrong>" in wrong
+    assert "a &lt;red&gt; circle<small>found &lt;none&gt;</small>" in wrong
+
+
+def test_a_stage_is_told_by_its_last_lines_and_all_of_its_time(tmp_path):
+    write_json(tmp_path / "config.json", {"format": FORMAT, "training": {"batch_size": 4, "steps": 9}})
+    lines = [{"step": 1, "seconds": 60.0}, {"step": 1, "heldout_psnr": 1.0},
+             {"step": 2, "seconds": 90.0}, {"step": 2, "heldout_psnr": 3.0}]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = _stage(tmp_path)
+    assert told == {"steps": 2, "seconds": 150.0, "batch_size": 4, "heldout_psnr": 3.0}
+    assert _timing(told) == "2 updates of 4 pictures in 2.5 minutes."
+
+
+def test_the_settings_of_the_drawings_are_told():
+    plain = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": 1.0}
+    assert _settings(plain) == "at temperature 1"
+    assert _settings({**plain, "top_p": 0.9, "guidance": 3.0}) == "at temperature 1, top-p 0.9, guidance 3"
+    assert _settings({**plain, "temperature": 0.7, "top_k": 5}) == "at temperature 0.7, top-k 5"
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from dalle import forecast, plan
 from dalle.cluster import Choice, Cluster, size_in_bytes
 from dalle.engine import Engine
 from dalle.errors import ConfigError
-from dalle.forecast import compression, cost, memory, paper_memory, traffic
+from dalle.forecast import Memory, compression, cost, memory, paper_memory, traffic
 from dalle.low_rank import compressed, paper_rank
 from dalle.optim import AdamW, Average
-from dalle.plan import cheaper, make_plan, propose
+from dalle.plan import _changes, cheaper, make_plan, propose
 from dalle.plan_report import facts, words
 from stage2_prior.config import PRESETS, PriorConfig
 from stage2_prior.flops import flops
@@ -128,6 +128,51 @@ def test_each_stage_partitions_what_it_says():
     assert memory(PAPER, Choice(3, "fp32", True, 1, offload=True), V100S, held=NOTHING).moments == 0
 
 
+def test_the_average_is_partitioned_with_the_moments_and_lies_in_main_memory_with_them():
+    n = sum(parameters(PAPER))
+    held = [memory(PAPER, Choice(z, "fp32", True, 1), V100S, held=NOTHING).average / n for z in range(4)]
+    assert held == pytest.approx([4, 4 / 1024, 4 / 1024, 4 / 1024])
+    off = memory(PAPER, Choice(2, "fp32", True, 1, offload=True), V100S, held=NOTHING)
+    assert (off.average, off.weights) == (0, 4 * n)  # with the partition's fp32 copy of the weights
+
+
+def test_muons_matrices_have_one_moment():
+    matrices, rest = parameters(PAPER)
+    held = memory(PAPER, Choice(0, "fp32", True, 1, muon=True), ONE, held=NOTHING)
+    assert held.moments == 4 * matrices + 8 * rest
+
+
+def test_a_gpu_alone_has_no_buffers_and_others_no_more_than_their_stage_needs():
+    """Large models only: ZeRO's two buffers for gradients have one size for every model."""
+    held = [memory(PAPER, Choice(z, "fp32", True, 1), V100S, held=NOTHING).buffers for z in range(4)]
+    assert held == [4 * PAPER.width * PAPER.text_vocab, 4 * 3 * 50e6, 4 * 3 * 50e6, 4 * 5 * 50e6]
+    assert memory(PAPER, Choice(3, "fp32", True, 1), ONE, held=NOTHING).buffers == 0
+    small = PriorConfig(**PRIOR_SHAPE)
+    n = sum(parameters(small))
+    held = [memory(small, Choice(z, "fp32", True, 1), V100S, held=NOTHING).buffers for z in range(4)]
+    assert held == [2**22, 4 * (2 * 50e6 + n), 4 * (2 * 50e6 + n), 4 * 2 * n]
+
+
+def test_gpus_of_a_machine_exchange_gradients_and_what_is_partitioned():
+    """A mean in full is two passes of a ring, weights are gathered in one; stage 3 does so twice."""
+    ring = 4 * sum(parameters(PAPER)) * 7 / 8
+    sent = [traffic(PAPER, Choice(stage, "fp32", True, 1), V100S) for stage in range(4)]
+    assert [each.within / ring for each in sent] == pytest.approx([2, 3, 3, 3])
+    assert [each.within_seconds for each in sent] == [each.within / V100S.within for each in sent]
+    between = [each.between / each.plain_between for each in sent]
+    assert between == [1, 1.5, 1.5, 1.5]  # weights come from all machines, too
+
+
+def test_an_update_takes_what_is_longer_within_a_machine_and_then_the_time_between():
+    training, choice = PRESETS["paper"][1], Choice(3, "16bit", True, 1, rank=896)
+    for within in (1e9, 1e12):
+        cluster = replace(V100S, within=within)
+        run, sent = cost(PAPER, training, choice, cluster), traffic(PAPER, choice, cluster)
+        assert (run.compute_seconds > sent.within_seconds) == (within == 1e12)
+        longer = max(run.compute_seconds, sent.within_seconds)
+        assert run.step_seconds == pytest.approx(longer + sent.between_seconds)
+
+
 # Numbers of P and Q of a layer of the paper's model, rank 896, over the eight processes of a machine. ZeRO 3
 # cuts each parameter by rows into eight runs: six of that of q, k and v lie in one of the three, two in two.
 SHARED_OUT = (
@@ -228,6 +273,19 @@ def test_every_offer_changes_something_and_fits(share):
         assert f"width={model.width} " not in change
         assert f"depth={model.depth}" not in change.split()
         assert needed.total <= cluster.memory
+
+
+def test_what_costs_least_is_offered_first(monkeypatch):
+    monkeypatch.setattr(plan, "memory", lambda *_: Memory(*[0.0] * 7))  # all of it fits
+    offered = cheaper(PAPER, Choice(1, "fp32", False, 4), replace(V100S, gpus=8))
+    assert [change for change, _ in offered] == ["--set moments=16bit", "--set micro_batch=2", "--zero 2"]
+
+
+@pytest.mark.parametrize("taken", [{"muon": True}, {"rank": 512}])
+def test_offloading_is_not_offered_with_what_it_cannot_be_joined_to(taken):
+    changes = list(_changes(Choice(1, "fp32", False, 4, **taken), replace(V100S, gpus=16)))
+    assert changes
+    assert not any(change.offload and (change.rank or change.muon) for change in changes)
 
 
 def test_compression_is_planned_where_training_would_compress():

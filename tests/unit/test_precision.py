@@ -1,6 +1,8 @@
 """Which type, decided by asking the device."""
 
 from contextlib import nullcontext
+from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ import torch.nn.functional as F
 
 from dalle import precision
 from dalle.errors import ConfigError
-from dalle.precision import arithmetic, choose, fp32_linear, fp32_products, products
+from dalle.precision import SOUND_CUDNN, arithmetic, choose, fp32_linear, fp32_products, products, set_up
+from dalle.threads import using
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -22,6 +25,33 @@ def test_on_a_cpu_what_is_asked_for_is_given(asked):
 def test_on_a_cpu_auto_is_measured(monkeypatch, bf16, chosen):
     monkeypatch.setattr(precision, "_seconds", {torch.float32: 1.0, torch.bfloat16: bf16}.get)
     assert choose("auto", CPU) == chosen
+
+
+@pytest.mark.parametrize("seconds", [(1.0, 3.0, 2.0, 4.0), (5.0, 4.0, 2.0, 3.0)])
+def test_what_is_measured_is_the_best_of_products_after_the_first_by_one_thread(monkeypatch, seconds):
+    threads, times = [], accumulate(time for each in seconds for time in (0.0, each))
+
+    def clock():
+        threads.append(torch.get_num_threads())
+        return next(times)
+
+    monkeypatch.setattr(precision, "time", SimpleNamespace(perf_counter=clock))
+    with using(2):
+        assert precision._seconds(torch.float32) == 2
+    assert threads == [1] * 8
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"), [(None, True), (SOUND_CUDNN - 1, True), (SOUND_CUDNN, False)]
+)
+def test_cudnns_attention_is_left_out_before_the_first_sound_version(monkeypatch, version, refused):
+    asked = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)  # comes back
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", asked.append)
+    set_up(CUDA)
+    assert asked == [False] * refused
+    assert not torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize(("able", "chosen"), [(True, "bf16"), (False, "fp32")])
@@ -70,6 +100,14 @@ def test_fp32_products_beside_16_bits_round_their_operands():
     with pytest.raises(ZeroDivisionError), products("bf16", CPU):
         raise ZeroDivisionError
     assert fp32_switches() == before
+
+
+def test_forward_passes_round_fp32_operands_where_backward_passes_do():
+    for name in ("fp32", "bf16", "fp16"):
+        with products(name, CPU):
+            backward = fp32_switches()
+        with arithmetic(name, CPU):
+            assert fp32_switches() == backward
 
 
 def test_what_a_program_has_set_for_fp32_products_comes_back():

@@ -217,6 +217,30 @@ def test_a_contradiction_is_refused_in_one_line_with_the_way_out(begun, settings
     assert "\n" not in str(caught.value)
 
 
+def test_what_shapes_an_update_may_not_be_set_anew():
+    shaping = {
+        "lr",
+        "lr_end",
+        "warmup",
+        "patience",
+        "batch_size",
+        "clip",
+        "beta1",
+        "beta2",
+        "ema_decay",
+        "seed",
+    }
+    assert not CHANGEABLE & (shaping | {"precision", "weight_decay", "caption_dropout", "text_weight"})
+
+
+def test_data_that_config_json_names_by_hand_are_no_contradiction(begun, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    path = begun / "dvae" / "config.json"
+    path.write_text(path.read_text().replace('"/pictures"', '"~/moved"'))
+    for same in ("~/moved", "/home/someone/moved"):
+        assert resolve(begun, data=same).resumed
+
+
 def test_repeating_what_is_so_is_no_contradiction(begun):
     assert resolve(begun, "lr=1e-4", "hidden=4", preset="tiny") == resolve(begun)
 
@@ -273,6 +297,13 @@ def test_fewer_steps_than_are_made_are_refused(begun):
     with pytest.raises(ConfigError, match="has 100 steps already: give --steps so many or more, not 99"):
         resolve(begun, steps=99)
     assert resolve(begun, steps=100).training.steps == 100
+
+
+def test_a_state_beyond_the_steps_of_its_run_is_no_reason_to_refuse_these(tmp_path):
+    """As where a run in minutes was killed between fitting a nearer end and saving."""
+    resolve(tmp_path, steps=50).write()
+    (tmp_path / "dvae" / "state" / "step-00000100").mkdir(parents=True)
+    assert resolve(tmp_path).training.steps == resolve(tmp_path, steps=50).training.steps == 50
 
 
 def test_a_model_without_a_state_is_not_trained_over(started):

@@ -103,6 +103,19 @@ def test_the_gradient_of_a_batch_is_the_mean_of_those_of_its_micro_batches(tmp_p
     assert tiny.apart(gradient(2), gradient(4)) < 1e-5
 
 
+def test_the_loss_of_a_batch_is_the_mean_of_those_of_its_micro_batches(tmp_path):
+    """Not its gradient alone: that of the codes' use is the same for any multiple of their shares."""
+    task, found = stage(tmp_path, dataclasses.replace(PAPER, usage_weight=2.0)), []
+    pixels = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    for size in (2, 4):
+        parts = [(part,) for part in pixels.split(size)]
+        task.begin(parts, lambda function, *arguments: function(*arguments))
+        positions = [range(at, at + size) for at in range(0, 4, size)]
+        losses = [task.loss(part, 100, places)[0] for part, places in zip(parts, positions, strict=True)]
+        found.append(torch.stack(losses).mean().item())
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 def log_laplace(pixels, decoded):
     """ln f of the paper's App. A.3."""
     x, (mu, ln_b) = (0.8 * pixels + 0.1).double(), decoded.double().chunk(2, 1)

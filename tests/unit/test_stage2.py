@@ -1,14 +1,17 @@
 """What the loop is told while the prior trains: its data, schedules, losses, measures, and a warning."""
 
+import copy
 import dataclasses
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dalle.data.source import Sample
+from dalle.data.source import BadSample, Sample
+from dalle.errors import ConfigError
 from dalle.metrics import read_metrics
 from dalle.pipeline import codes_of
 from dalle.runs import Options, StageRun
@@ -16,8 +19,9 @@ from dalle.text import NO_TOKEN, cut_or_pad, normalise
 from dalle.training import fit as train
 from stage2_prior.codes import Codes
 from stage2_prior.config import PRESETS, PriorTraining
+from stage2_prior.loss import losses, weighted
 from stage2_prior.sample import Sampling, noise
-from stage2_prior.train import Stage2, _prepare, prepare, prepare_plainly
+from stage2_prior.train import Stage2, _captions, _prepare, _some_captions, prepare, prepare_plainly
 from tests import tiny
 
 MODEL, PAPER = PRESETS["paper"]
@@ -83,6 +87,35 @@ def test_the_other_schedule_is_a_cosine_after_the_same_warm_up(tmp_path):
         task.after(3.0)  # a plateau, which does not count
     by_hand = {0: 1e-4, 50: 5.05e-4, 100: 1e-5, 101: 1e-5, 25: 1e-5 + 9.9e-4 * (2 + math.sqrt(2)) / 4}
     assert [task.lr(step) for step in by_hand] == pytest.approx(list(by_hand.values()))
+
+
+def test_what_is_saved_of_the_plateau_is_that_of_its_update(tmp_path):
+    """It is written while training goes on."""
+    task = stage(tmp_path)
+    saved = task.state()
+    as_saved = copy.deepcopy(saved)
+    task.after(3.0)
+    assert saved == as_saved != task.state()
+
+
+def test_the_loss_of_a_batch_is_the_mean_of_those_of_its_micro_batches(tmp_path):
+    """Also where their captions are of different lengths."""
+    task, found = stage(tmp_path), []
+    tokens, codes = tiny.batch(task.model, 4)
+    tokens[-1, 0] = 0  # a token like all others
+    columns = (
+        pictures_of(codes),
+        tokens,
+        torch.zeros(4, dtype=torch.bool),
+        torch.zeros(4, 16, dtype=torch.bool),
+    )
+    for size in (1, 2, 4):
+        parts = list(zip(*(column.split(size) for column in columns), strict=True))
+        task.begin(parts, lambda function, *arguments: function(*arguments))
+        with torch.no_grad():
+            found.append(torch.stack([task.loss(part, 0, range(size))[0] for part in parts]).mean().item())
+    expected = weighted(*losses(task.model, tokens, codes)).item()
+    assert found == pytest.approx([expected] * 3, rel=1e-5)
 
 
 def test_the_entropy_of_codes_alone_is_that_of_their_frequencies(tmp_path):
@@ -159,6 +192,18 @@ def test_what_is_trained_on_are_the_words_of_each_of_the_captions():
     assert min(map(read.count, read)) >= 5  # of 13, were all equally often
 
 
+def test_pictures_are_cropped_at_random_in_training_and_in_the_middle_when_held_out():
+    ramp = Image.fromarray(np.repeat(np.arange(0, 240, 4, dtype=np.uint8)[None, :, None], 20, 0).repeat(3, 2))
+    words, sample = tiny.tokenizer(), Sample(ramp, CAPTIONS, "0")
+    trained, held = set(), set()
+    for seed in range(20):
+        pixels, *_ = _prepare(sample, np.random.default_rng(seed), words, **HOW, dropout=0.0)
+        trained.add(pixels.float().mean().item())
+        held.add(prepare_plainly(sample, np.random.default_rng(seed), words, 16, 60)[0].float().mean().item())
+    assert len(trained) > 5
+    assert len(held) == 1
+
+
 def test_merges_are_left_out_in_training_and_the_words_are_the_same():
     words, tokens_of = tiny.tokenizer(), {}
     for seed in range(60):
@@ -184,6 +229,37 @@ def test_held_out_are_the_words_of_the_first_caption():
         for seed in range(3):
             _, tokens = prepare_plainly(sample, np.random.default_rng(seed), words, size=16, words=60)
             assert words.decode(tokens.tolist()) == normalise(captions[0])
+
+
+class Captioned:
+    """Two captions a sample; those in `broken` cannot be read."""
+
+    name = "captioned"
+
+    def __init__(self, length, broken=()):
+        self.length, self.broken = length, set(broken)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return Sample(SAMPLE.image, self.captions(index), str(index))
+
+    def captions(self, index):
+        if index in self.broken:
+            raise BadSample(str(index), "torn")
+        return (f"{index}", f"{index} again")
+
+
+def test_the_prompts_of_evaluations_are_first_captions_from_all_over_the_data():
+    assert _captions(Captioned(100), 4) == ["0", "25", "50", "75"]
+    assert _captions(Captioned(100, broken=range(50)), 4) == ["50", "75", "51", "76"]
+    assert _captions(Captioned(3, broken=[1]), 8) == ["0", "2"]
+
+
+def test_merges_are_learned_from_all_captions_of_samples_from_all_over_the_data():
+    found = list(_some_captions(Captioned(10, broken=[4]), 5))
+    assert found == [caption for n in (0, 2, 6, 8) for caption in (f"{n}", f"{n} again")]
 
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -241,6 +317,49 @@ def test_settings_leave_out_captions_and_codes(coloured):
     assert (tokens == NO_TOKEN).all()
     assert hidden.all()
     assert not cut.any()
+
+
+def test_merges_are_learned_from_as_many_captions_as_asked(coloured, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "stage2_prior.train._some_captions", lambda source, most: asked.append(most) or ["a red circle"]
+    )
+    begun(coloured, "bpe_captions=7")
+    assert asked == [7]
+
+
+def test_the_model_knows_the_tokens_that_there_are(coloured):
+    session = begun(coloured, "bpe_vocab=16384")
+    assert session.task.run.model.text_vocab == tokenizer_of(coloured).vocab_size < 300
+
+
+def test_a_run_is_not_continued_with_another_tokenizer(coloured):
+    begun(coloured).write_config()
+    (coloured / "run" / "prior" / "state" / "step-00000001").mkdir(parents=True)
+    how = {"preset": "tiny", "data": "scenes"}
+    prepare(Options(coloured / "run"), codes_of(coloured / "run"), **how)
+    tiny.tokenizer().save(coloured / "run" / "prior" / "tokenizer.json")
+    with pytest.raises(ConfigError, match=r"was begun with the tokenizer \w{16}, .* put that one back"):
+        prepare(Options(coloured / "run"), codes_of(coloured / "run"), **how)
+
+
+@pytest.mark.parametrize(("setting", "limit"), [("none", None), ("3", 3.0)])
+def test_the_variance_is_limited_as_asked(coloured, setting, limit):
+    assert begun(coloured, f"variance_limit={setting}").engine.optimizer.variance_limit == limit
+
+
+def test_held_out_pictures_that_cannot_be_used_are_told_too(coloured):
+    Image.new("RGB", (20, 15)).save(coloured / "data" / "12.png")
+    (coloured / "data" / "12.txt").write_text("small")
+    assert list(begun(coloured, "heldout=0.5", "eval_pictures=99").loader.skipped) == ["12.png"]
+
+
+def test_runs_of_other_seeds_are_measured_on_the_same_pictures(coloured):
+    found = []
+    for seed in range(4):
+        shutil.rmtree(coloured / "run" / "prior", ignore_errors=True)
+        found.append(begun(coloured, "heldout=0.5", f"seed={seed}").task.heldout_tokens)
+    assert all(torch.equal(tokens, found[0]) for tokens in found)
 
 
 class Same:

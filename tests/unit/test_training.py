@@ -25,7 +25,7 @@ from dalle.noise import keyed
 from dalle.optim import AdamW, Average
 from dalle.process import only_process
 from dalle.states import Saver, newest_state, state_folders
-from dalle.training import Session, Training, alone, fit
+from dalle.training import Session, Training, _name_skipped, alone, fit
 
 STEPS, BATCH = 8, 4
 TIMES = {
@@ -268,6 +268,13 @@ def test_the_log_has_a_line_every_so_many_steps_and_at_the_end(tmp_path):
     assert [line["step"] for line in lines] == [3, 4, 6, 7, 7]
 
 
+def test_the_gradient_of_an_update_is_the_mean_of_its_micro_batches(tmp_path):
+    task = Regression(tmp_path, config(steps=1))
+    task.loss = lambda *_: (task.model.weight.sum() + task.model.bias.sum(), {"micro": torch.zeros(())})
+    assert task.run()
+    assert read_metrics(tmp_path)[0]["grad_norm"] == pytest.approx(6**0.5)
+
+
 def test_lines_hold_means_over_their_window(tmp_path, uninterrupted):
     task = Regression(tmp_path, config(log_every=4))
     task.run()
@@ -295,6 +302,47 @@ def test_rates_count_neither_saving_nor_evaluating(tmp_path, monkeypatch):
     lines = [line for line in read_metrics(tmp_path) if "loss" in line]
     assert [line["seconds"] for line in lines] == [2] * 6  # two micro-batches
     assert [line["pictures_per_second"] for line in lines] == [2] * 6
+
+
+class Slow:
+    """A loader whose batches take three seconds each."""
+
+    def __init__(self, loader, now):
+        self.loader, self.now, self.skipped = loader, now, {}
+
+    def batches(self, start, stride):
+        for batch in self.loader.batches(start, stride):
+            self.now[0] += 3
+            yield batch
+
+
+def test_what_is_waited_for_and_how_fast_it_goes_is_told(tmp_path, monkeypatch, capsys):
+    now, loss = [0.0], Regression.loss
+    for module in ("dalle.console", "dalle.training"):
+        monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("dalle.training.gemm_rate", lambda *_: 24.0)
+
+    def in_a_second(*arguments):
+        now[0] += 1
+        return loss(*arguments)
+
+    monkeypatch.setattr(Regression, "loss", in_a_second)
+    task = Regression(tmp_path, config(steps=2))
+    task.loader = Slow(task.loader, now)
+    assert task.run()
+    lines = [line for line in read_metrics(tmp_path) if "loss" in line]
+    assert [line["data_wait"] for line in lines] == [0.75] * 2
+    # Four pictures in eight seconds, of three tokens and 24 operations each
+    assert "0.125 steps/s · 0 s left · tokens/s 2 · of GEMM rate 50%" in capsys.readouterr().err
+
+
+def test_the_time_left_is_said_once_the_rate_has_settled_of_a_continued_run_too(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("dalle.training.SETTLED", 2)
+    for stop_at in (3, 0):
+        Regression(tmp_path, config(), stop_at=stop_at).run()
+        assert capsys.readouterr().err.count("for the remaining steps") == 1
 
 
 def test_a_finished_run_says_so_and_does_nothing(tmp_path, capsys):
@@ -394,6 +442,14 @@ def test_skipped_pictures_are_named_once(tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.count("skipped 7: torn") == 1
     assert "1 pictures were skipped" in err
+
+
+def test_of_what_all_processes_skipped_ten_are_named_and_all_counted(capsys):
+    _name_skipped([{f"{process}.{n}": "torn" for n in range(6)} for process in range(2)])
+    err = capsys.readouterr().err
+    assert err.count(": torn") == 10
+    assert "skipped 1.3: torn" in err
+    assert "12 pictures were skipped" in err
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python ≥ 3.12
