@@ -145,8 +145,8 @@ class _Team:
         if status < 0:
             return self._killed(rank, -status)
         text = self.said[rank].read_text(errors="replace").strip()
-        last = text.splitlines()[-1] if text else f"ended with status {status} and said nothing"
-        shown = last if status == 2 else text[-4000:]
+        text = text or f"ended with status {status} and said nothing"
+        shown = text.splitlines()[-1] if status == 2 else text[-4000:]
         return f"error: process {rank} of {len(self.members)}: {shown.removeprefix('error: ')}"
 
     def _killed(self, rank: int, number: int) -> str:

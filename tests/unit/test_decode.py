@@ -3,6 +3,7 @@
 import copy
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -318,3 +319,40 @@ def test_rounding_hardly_moves_the_next_codes_distribution(weights, limit, preci
     kl = (exact.exp() * (exact - rough)).sum(-1).mean().item()
     assert 1e-10 < kl < limit
     assert math.isfinite(kl)
+
+
+@pytest.mark.parametrize("form", [linear._int8, linear._int4])
+@pytest.mark.parametrize("outputs", [16, 15])  # with and without the kernel for whole blocks
+def test_weights_that_are_all_alike_stay_so(form, outputs):
+    """Their steps would be 0 wide."""
+    weight, x = torch.zeros(outputs, 32), torch.ones(1, 32)
+    weight[3:] = 0.5
+    found = form(weight, torch.zeros(outputs), 1)(x).float()
+    torch.testing.assert_close(found, weight.sum(1)[None], rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize(("costs", "taken"), [((1.0, 0.97), 0), ((1.0, 0.9), 1), ((1.0, 0.97, 0.94), 2)])
+def test_a_later_form_has_to_be_a_twentieth_faster(monkeypatch, costs, taken):
+    now = [0.0]
+
+    class Form(linear._ByRows):
+        def __init__(self, number, *given):
+            super().__init__(*given)
+            self.number, self.calls = number, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            late = self.number == 0 and self.calls == 1 + linear.ROUNDS  # once slowed down by others
+            now[0] += 10 if late else costs[self.number]
+            return super().forward(x)
+
+    monkeypatch.setattr(linear, "_forms", lambda *_: [partial(Form, i) for i in range(len(costs))])
+    monkeypatch.setattr(linear, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    (fast,) = linear.fastest([nn.Linear(4, 4)], "fp32", 1)
+    assert fast.number == taken
+
+
+def test_on_a_gpu_auto_is_bf16_only_where_it_computes_in_it():
+    elsewhere = nn.Linear(4, 4, device="meta")
+    found = [linear.resolve("auto", precision, [elsewhere]) for precision in ("fp32", "fp16", "bf16")]
+    assert found == ["fp32", "fp32", "bf16"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,3 +250,31 @@ def test_what_is_finished_is_kept_where_drawing_is_stopped(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.png")) == [
         "a-ring-seed3-0.png", "a-star-seed3-0.png", "a-star-seed3-1.png",
     ]  # fmt: skip
+
+
+def test_no_letter_of_a_name_is_cut_in_two(tmp_path):
+    (path,) = save_drawings(tmp_path, pictures(1), ["a" + "빨" * 60], 1, MADE)
+    assert path.name == "a" + "빨" * 49 + "-seed3-0.png"  # of 3 bytes each
+
+
+def test_a_preview_shows_each_picture_under_its_prompt(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(drawings, "contact_sheet", lambda some, captions: told.append(captions) or some[0])
+    with previewing(tmp_path, ["a star", "a ring", "a heart"], True) as show:
+        show(0, pictures(1))
+        show(1, pictures(2))
+    assert told == [["a star"], ["a ring", "a heart"]]
+
+
+def test_a_preview_may_be_deleted_while_it_lasts(tmp_path):
+    with previewing(tmp_path, ["a star"], True) as show:
+        show(0, pictures(1))
+        (tmp_path / "preview.png").unlink()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reconstruction_tells_the_whole_path_of_its_picture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.png").write_bytes(tiny.png(1, (16, 16)))
+    (path,) = save_reconstructions(tmp_path / "out", tiny.dvae(), [Path("a.png")])
+    assert json.loads(path.with_suffix(".json").read_text())["image"] == str(tmp_path / "a.png")

@@ -281,3 +281,14 @@ def test_forward_passes_run_in_the_chosen_precision():
         with each.averaged() as model:
             assert model(x).dtype == dtype
         assert all(p.dtype == torch.float32 for p in each.parameters)
+
+
+def test_a_parameter_without_a_gradient_is_left_alone_though_it_had_one_before():
+    one = engine()
+    pull(one)
+    one.update(0.1, 1)
+    before = [p.detach().clone() for p in one.parameters]
+    one.backward(sum(p.sum() for p in one.parameters[1:]), 1)
+    one.update(0.1, 2)
+    same = [torch.equal(p, old) for p, old in zip(one.parameters, before, strict=True)]
+    assert same == [True, False, False, False]

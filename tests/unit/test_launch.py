@@ -115,6 +115,55 @@ def test_who_only_lost_the_others_is_not_the_reason():
     assert (code, err) == (2, "error: process 2 of 3: bad\n")
 
 
+@on_linux
+def test_of_a_long_reason_the_end_is_told():
+    program = "if rank == 1: print('x' * 5000 + 'why', file=sys.stderr); sys.exit(1)\ntime.sleep(100)"
+    assert result(program) == (1, "", f"error: process 1 of 3: {'x' * 3997}why\n")
+
+
+@on_linux
+def test_the_cores_are_shared_out_among_the_processes_of_all_machines_unless_the_user_says_how(tmp_path):
+    program = "import os; print(os.environ['OMP_NUM_THREADS'], file=open(os.environ['RANK'], 'w'))"
+    code = (
+        "import os; os.sched_getaffinity = lambda _: range(9)\n"
+        f"from dalle.launch import launch; launch(2, ['-c', {program!r}], [{sys.executable!r}], machines=2)"
+    )
+    free = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    for own, expected in (({}, "2\n"), ({"OMP_NUM_THREADS": "5"}, "5\n")):
+        environ = free | {"PYTHONPATH": os.pathsep.join(sys.path)} | own
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, check=True, timeout=60)
+        assert [(tmp_path / str(rank)).read_text() for rank in range(4)] == [expected] * 4
+
+
+@on_linux
+def test_of_a_mistake_the_last_line_is_told():
+    program = (
+        "if rank == 1: print('warning: old\\nerror: bad', file=sys.stderr); sys.exit(2)\ntime.sleep(100)"
+    )
+    assert result(program) == (2, "", "error: process 1 of 3: bad\n")
+
+
+@on_linux
+def test_processes_that_wait_for_one_that_lost_contact_are_ended():
+    began = time.monotonic()
+    code, _, err = result(f"if rank == 1: sys.exit({LOST})\ntime.sleep(100)")
+    assert code == 1
+    assert err == f"error: process 1 of 3: ended with status {LOST} and said nothing\n"
+    assert time.monotonic() - began < 50
+
+
+@on_linux
+def test_signals_are_afterwards_whose_they_were_before():
+    code = (
+        "import signal, sys; from dalle.launch import launch, stopping\n"
+        "signal.signal(signal.SIGTERM, print)\n"
+        "before = [*map(signal.getsignal, stopping())]; launch(2, ['-c', ''], [sys.executable])\n"
+        "assert [*map(signal.getsignal, stopping())] == before"
+    )
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], env=environ, check=True, timeout=60)
+
+
 STOPPABLE = """
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
@@ -161,6 +210,7 @@ def test_a_second_signal_ends_all_at_once():
         assert process.stdout.readline() == "asked\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 1
+        assert process.stderr.read() == ""
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 

@@ -10,7 +10,7 @@ from dalle.config import override
 from dalle.distributed import topology
 from dalle.engine import Engine
 from dalle.errors import ConfigError
-from dalle.muon import MOMENTUM, Muon, orthogonal
+from dalle.muon import MOMENTUM, QUINTIC, ROUNDS, Muon, orthogonal
 from dalle.optim import AdamW, Average
 from dalle.piece import Piece
 from stage2_prior.config import PRESETS
@@ -107,3 +107,24 @@ def test_a_state_before_the_first_update_is_whole():
 def test_what_cannot_be_is_refused(settings, told):
     with pytest.raises(ConfigError, match=told):
         override({"training": PRESETS["small"][1]}, settings)
+
+
+def test_the_numbers_are_those_of_its_authors():
+    assert (MOMENTUM, ROUNDS, QUINTIC) == (0.95, 5, (3.4445, -4.7750, 2.0315))
+
+
+def test_a_matrix_with_more_columns_than_rows_has_steps_no_smaller():
+    held = pieces({"a": noise(6, 12)})
+    Muon({"a": (6, 12)}, ratio=5.0).turn(held)
+    torch.testing.assert_close(held[0].grad, 5 * orthogonal(noise(6, 12)), rtol=1e-4, atol=1e-5)
+
+
+def test_matrices_larger_than_what_is_turned_at_once_are_turned_one_by_one():
+    assert Muon({"a": (2**13, 2**12), "b": (2**12, 2**13)}, 1.0).alike == [["a"], ["b"]]
+
+
+def test_products_in_16_bits_change_singular_values_by_their_rounding_alone():
+    matrix = noise(24, 32)
+    exact, found = orthogonal(matrix), orthogonal(matrix, torch.bfloat16)
+    assert found.dtype == torch.float32
+    assert 1e-3 < (found - exact).norm() / exact.norm() < 0.05

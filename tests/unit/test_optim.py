@@ -219,3 +219,9 @@ def test_the_average_is_fp32_and_does_not_move_with_the_weights():
     weights[0].zero_()
     assert average.weights[0].dtype == torch.float32
     assert torch.equal(average.weights[0], torch.ones(3))
+
+
+def test_weights_in_16_bits_enter_the_average_as_those_in_fp32_do():
+    average = Average([torch.zeros(2).half(), torch.zeros(1)], decay=0.99, every=1)
+    average.update([torch.full((2,), 11.0).half(), torch.full((1,), 11.0)], 1)  # by 1 − 2/11
+    torch.testing.assert_close(torch.cat(average.weights), torch.full((3,), 9.0))

@@ -251,3 +251,54 @@ def test_the_benchmark_of_rounding_takes_codes_of_any_grid_and_rounds_as_it_is_t
     assert losses[1] < losses[0]
     assert told
     assert packed.rounded_at_random is rounded_at_random
+
+
+def test_matrices_of_at_least_8192_numbers_are_packed():
+    model = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 127))
+    assert optimizer(model, matrices=("0.weight", "1.weight")).packed == {"0.weight"}
+
+
+def test_matrices_that_are_frozen_or_not_contiguous_are_not_packed():
+    model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(3)))
+    model[1].weight.requires_grad_(False)
+    model[2].weight.data = model[2].weight.data.t()
+    each = optimizer(model, matrices=("0.weight", "1.weight", "2.weight"))
+    assert each.packed == {"0.weight"}
+    assert sum(len(group["params"]) for group in each.param_groups) == 5
+
+
+def test_the_limit_of_the_variance_holds_for_gradients_of_the_norm_that_they_are_clipped_to():
+    model = net()
+    each = optimizer(model, limit=5.0)
+    grads = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    grads["0.weight"][7, 3] = 4.0  # of which the square is above the limit, the norm below it
+    for _ in range(15):
+        step(model, each, grads)
+    assert UNSIGNED.unpack(each.state[model[0].weight]["exp_avg_sq"]).max() == 5.0
+
+
+@pytest.mark.parametrize("halved", [False, True])
+def test_a_skipped_update_leaves_packed_matrices_and_their_moments_as_they_are(halved):
+    model = net()
+    each = optimizer(model, halved=halved)
+    step(model, each, gradients(model, 0))
+    weight = model[0].weight
+    before = [t.clone() for t in (weight.detach(), *each.state[weight].values())]
+    each.skip = True
+    step(model, each, gradients(model, 1))
+    assert all(map(torch.equal, before, (weight.detach(), *each.state[weight].values())))
+
+
+def test_no_value_is_rounded_beyond_what_fp16_holds():
+    beyond = torch.tensor([65504.0, 65519.0, 1e6]).repeat(1000, 1)
+    for sign in (1, -1):
+        assert (rounded_at_random(sign * beyond, noise()) == sign * 65504).all()
+
+
+def test_every_matrix_is_rounded_by_noise_of_its_own():
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
+    model.load_state_dict({**model.state_dict(), "1.weight": model[0].weight.detach()})
+    each = optimizer(model, matrices=("0.weight", "1.weight"), halved=True)
+    step(model, each, {n: torch.ones_like(p, dtype=torch.float32) for n, p in model.named_parameters()})
+    assert not torch.equal(model[0].weight, model[1].weight)
+    torch.testing.assert_close(model[0].weight, model[1].weight, rtol=2.0**-10, atol=2.0**-24)

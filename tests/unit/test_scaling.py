@@ -228,3 +228,33 @@ def test_runs_without_scales_have_nothing_of_them():
         assert plain.per_resblock() == {}
         assert "scaling" not in plain.state()
     assert all(getattr(module, "boundary", None) is None for module in model.modules())
+
+
+def test_other_scales_that_can_still_fall_do_not_mend_one_that_cannot():
+    scaling, broken = Scaling(tiny.prior()), torch.tensor([math.inf])
+    scaling.rule.scales[3] = 2.0**7
+    for hit, mendable in (((1,), True), ((1, 3), False), ((3, 5), False)):
+        scaling.update([(f"{BLOCKS[i]}_norm.bias", broken) for i in hit])
+        assert scaling.overflowed == [BLOCKS[i] for i in hit]
+        assert scaling.mendable == mendable
+
+
+def test_of_several_resblocks_the_first_is_named():
+    scaling, broken = Scaling(tiny.prior()), torch.tensor([math.inf])
+    scaling.rule.scales[5] = 2.0**20
+    scaling.update([(f"{BLOCKS[i]}_norm.bias", broken) for i in (5, 2, 3)])
+    assert scaling.describe_overflow() == f"resblock {BLOCKS[2]} and 2 more, whose scale is 2^12.5"
+
+
+def test_smaller_scales_do_not_mend_a_norm_that_is_infinite_by_itself():
+    """Of every gradient fp32 holds the square, of their sum it does not."""
+    sick = engine()
+    for step in range(1, PATIENCE + 1):
+        backward(sick, 0)
+        for name in ("layers.0.mlp.up.bias", "layers.1.mlp.up.bias"):
+            gradients(sick)[name][0] = 1.8e19
+        if step < PATIENCE:
+            assert sick.update(1e-3, step)["grad_norm"] == math.inf
+            assert sick.scaling.overflowed == []
+    with pytest.raises(DalleError, match="in its norm alone"):
+        sick.update(1e-3, PATIENCE)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from dalle.runs import Options, StageRun
 from dalle.training import fit
 from stage1_dvae.config import PRESETS, DVAETraining
 from stage1_dvae.loss import elbo
+from stage1_dvae.model import ResBlock
 from stage1_dvae.train import EVALUATION, Stage1, prepare, psnr
 from tests import tiny
 
@@ -237,3 +239,60 @@ def test_four_colours_are_learned(tmp_path, precision):
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
     assert [lines[i]["lr"] for i in (0, 4)] == pytest.approx([0.002, 0.01], rel=0.02)
     assert decibel(pixels, model.decode(model.encode(pixels))) > 9
+
+
+def begun(folder, *settings: str, data: str | None = None):
+    """A session of the smallest dVAE."""
+    small = ("image_size=16", "hidden=12", "codebook_width=12", "patch=4", "start=random", "eval_pictures=3")
+    return prepare(Options(folder / "run", data, preset="tiny", settings=small + settings))
+
+
+@pytest.mark.parametrize("asked", ["false", "true"])
+def test_activations_are_recomputed_where_that_is_asked_for(tmp_path, asked):
+    blocks = [
+        m for m in begun(tmp_path, f"recompute={asked}").task.model.modules() if isinstance(m, ResBlock)
+    ]
+    assert blocks
+    assert {block.recompute for block in blocks} == {asked == "true"}
+
+
+def test_held_out_pictures_that_cannot_be_used_are_told_too(tmp_path):
+    (tmp_path / "data").mkdir()
+    for i in range(13):
+        (tmp_path / "data" / f"{i}.png").write_bytes(tiny.png(i, (20, 15 if i == 12 else 16)))
+        (tmp_path / "data" / f"{i}.txt").write_text("noise")
+    session = begun(tmp_path, "heldout=0.5", "eval_pictures=99", data=str(tmp_path / "data"))
+    assert list(session.loader.skipped) == ["12.png"]
+
+
+def test_patches_are_clustered_by_the_runs_seed_and_only_where_it_begins(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        "stage1_dvae.train.start_from_patches", lambda _, pixels, seed: told.append((len(pixels), seed))
+    )
+    begun(tmp_path, "start=patches", "vocab_size=13", "seed=5").write_config()
+    (tmp_path / "run" / "dvae" / "state" / "step-00000001").mkdir(parents=True)
+    prepare(Options(tmp_path / "run"))
+    assert told == [(104, 5)]  # four times 32 patches a code, 16 of them in a picture
+
+
+@pytest.mark.parametrize("flip", ["true", "false"])
+def test_pictures_are_flipped_where_they_may_be(tmp_path, flip):
+    (tmp_path / "data").mkdir()
+    for i in range(3):
+        (tmp_path / "data" / f"{i}.png").write_bytes(tiny.png(i, (16, 16)))
+        (tmp_path / "data" / f"{i}.txt").write_text("noise")
+    session = begun(tmp_path, f"flip={flip}", "batch_size=16", "workers=0", data=str(tmp_path / "data"))
+    (seen,) = next(session.loader.batches())
+    plain = [torch.from_numpy(np.array(tiny.picture(i, (16, 16)))).permute(2, 0, 1) for i in range(3)]
+    upright = sum(any(torch.equal(pixels, each) for each in plain) for pixels in seen)
+    assert 0 < upright < 16 if flip == "true" else upright == 16
+
+
+def test_no_more_held_out_pictures_are_seen_at_once_than_in_training(tmp_path):
+    task, seen = stage(tmp_path, dataclasses.replace(PAPER, batch_size=8, micro_batch=2), pictures=5), []
+    logits = task.model.logits
+    task.model.logits = lambda pixels: seen.append(len(pixels)) or logits(pixels)
+    task.evaluate(0)
+    assert max(seen) <= 2
+    assert sum(seen) == 5

@@ -348,6 +348,11 @@ def test_the_variance_is_limited_as_asked(coloured, setting, limit):
     assert begun(coloured, f"variance_limit={setting}").engine.optimizer.variance_limit == limit
 
 
+@pytest.mark.parametrize("asked", ["false", "true"])
+def test_activations_are_recomputed_where_that_is_asked_for(coloured, asked):
+    assert begun(coloured, f"recompute={asked}").task.model.recompute == (asked == "true")
+
+
 def test_held_out_pictures_that_cannot_be_used_are_told_too(coloured):
     Image.new("RGB", (20, 15)).save(coloured / "data" / "12.png")
     (coloured / "data" / "12.txt").write_text("small")

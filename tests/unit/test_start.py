@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from dalle.errors import ConfigError, DataError
+from stage1_dvae import start
 from stage1_dvae.config import DVAEConfig
 from stage1_dvae.likelihood import map_pixels
 from stage1_dvae.model import DVAE
-from stage1_dvae.start import k_means, pictures_needed, start_from_patches
+from stage1_dvae.start import _distinct, k_means, pictures_needed, start_from_patches
 
 TINY = DVAEConfig(
     image_size=8, vocab_size=6, hidden=96, codebook_width=96, groups=1, blocks_per_group=1, patch=4, gain=1.0
@@ -129,3 +130,63 @@ def test_codes_beyond_the_patches_there_are_stay_near_one():
 def test_enough_pictures_are_asked_for():
     config = dataclasses.replace(TINY, vocab_size=100)
     assert pictures_needed(config) * config.grid**2 >= 4 * 32 * 100
+
+
+def test_a_code_is_as_likely_as_a_gaussian_around_its_cluster_says():
+    """Of a sixteenth of the variance that patches have around the nearest cluster."""
+    pixels = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    model = started(pixels)
+    shown = patches_of(map_pixels(model.decode(torch.arange(6).repeat(4, 1).t().reshape(6, 2, 2))))[::4]
+    squares = torch.cdist(patches_of(map_pixels(pixels)).double(), shown.double()).square()
+    expected = -squares / (2 * squares.amin(1).mean() / 16)
+    found = model.logits(pixels).movedim(1, -1).flatten(0, 2).double()
+    torch.testing.assert_close(
+        found - found[:, :1], expected - expected[:, :1], rtol=0.02, atol=0.02 * expected.std().item()
+    )
+
+
+def test_a_patch_counts_by_the_root_of_how_often_it_occurs():
+    kinds = torch.tensor([0.2, 0.4, 0.6, 0.8])[:, None].expand(4, 12)
+    patches, weights = _distinct(
+        kinds.repeat_interleave(torch.tensor([16, 9, 4, 1]), 0), 99, torch.Generator()
+    )
+    torch.testing.assert_close(patches, kinds)
+    assert weights.tolist() == [4, 3, 2, 1]
+
+
+def test_of_too_many_different_patches_a_part_is_kept_and_the_commonest_anyway():
+    patches = torch.arange(1000.0).repeat_interleave(torch.tensor([1] * 998 + [9, 9]))[:, None] / 1000
+    for seed in range(3):
+        kept, _ = _distinct(patches, 100, torch.Generator().manual_seed(seed))
+        assert 100 <= len(kept) <= 100 + 64
+        assert kept[-2:, 0].tolist() == pytest.approx([0.998, 0.999])
+
+
+def test_every_pixel_begins_with_the_same_scale():
+    pixels = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    model = started(pixels)
+    ln_b = model.decoder.look_up(model.encode(pixels))[:, 3:]
+    torch.testing.assert_close(ln_b.exp(), torch.full_like(ln_b, 0.2))
+
+
+def test_what_lies_around_a_patch_does_not_matter():
+    kinds = torch.rand(9, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    pixels, which = pictures_of(kinds)
+    logits = started(pixels).logits(pixels).movedim(1, -1).flatten(0, 2)
+    for kind in range(9):
+        alike = logits[which.flatten() == kind]
+        assert len(alike) > 2
+        torch.testing.assert_close(alike, alike[:1].expand_as(alike), rtol=1e-4, atol=1e-3)
+
+
+def test_two_centres_of_points_in_a_row_come_to_the_middles_of_its_halves():
+    points = torch.arange(200.0)[:, None]
+    for seed in range(5):
+        found = k_means(points, torch.ones(200), 2, torch.Generator().manual_seed(seed))
+        assert found.flatten().sort().values.tolist() == pytest.approx([49.5, 149.5], abs=1)
+
+
+def test_centres_begin_at_the_commonest_patch(monkeypatch):
+    monkeypatch.setattr(start, "ROUNDS", 0)
+    points, weights = torch.rand(50, 4), torch.arange(50.0).roll(7) + 1
+    torch.testing.assert_close(k_means(points, weights, 1, torch.Generator())[0], points[weights.argmax()])

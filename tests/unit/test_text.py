@@ -127,6 +127,12 @@ def test_an_error_of_the_captions_comes_through(monkeypatch):
     assert "TOKENIZERS_PARALLELISM" not in os.environ
 
 
+def test_threads_that_the_user_asked_for_stay(monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    Tokenizer.train(["ab"])
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+
+
 def test_no_warning_after_a_fork():
     """The library warns on stderr if it used threads before a fork: 0.20 does in training."""
     code = (
@@ -240,6 +246,19 @@ def test_survives_the_way_to_a_worker():
 def test_fingerprint_tells_tokenizers_apart():
     assert re.fullmatch("[0-9a-f]{16}", TOKENIZER.fingerprint())
     assert TOKENIZER.fingerprint() != Tokenizer.train(CAPTIONS, vocab_size=339).fingerprint()
+
+
+def test_fingerprint_tells_other_ids_and_other_merges_apart(tmp_path):
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocab, merges = content["model"]["vocab"], content["model"]["merges"]
+    zero, one = "\u0100", "\u0101"  # these bytes, which no caption has
+    changes = ({"vocab": vocab | {zero: vocab[one], one: vocab[zero]}}, {"merges": merges[::-1]})
+    found = {TOKENIZER.fingerprint()}
+    for change in changes:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"model": content["model"] | change}))
+        found.add(Tokenizer.load(tmp_path / "tokenizer.json").fingerprint())
+    assert len(found) == 3
 
 
 def test_saving_fails_in_one_line_and_leaves_nothing(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from dalle.threads import Threads
+from dalle.threads import Threads, cores, using
 
 
 def work(weight):
@@ -71,3 +71,32 @@ def test_what_fails_in_a_piece_fails_in_the_caller():
 
     with pytest.raises(ValueError, match="3"):
         Threads(2).map(fail, [3, 4])
+
+
+def test_the_callers_cores_are_shared_out_among_the_pieces():
+    with using(6):
+        assert Threads(3).map(lambda _: torch.get_num_threads(), [0, 1, 2]) == [2, 2, 2]
+        assert Threads(9).map(lambda _: torch.get_num_threads(), range(9)) == [1] * 9
+        assert torch.get_num_threads() == 6
+
+
+def test_threads_are_for_a_cpu_that_the_process_has_to_itself(monkeypatch):
+    with using(3):
+        assert cores(torch.device("cpu")) == 3
+        assert cores(torch.device("cuda")) == 1
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        assert cores(torch.device("cpu")) == 1
+
+
+def test_another_number_of_threads_lasts_no_longer_than_asked():
+    before = torch.get_num_threads()
+    with using(before + 2):
+        assert torch.get_num_threads() == before + 2
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pieces_compute_in_the_callers_type(dtype):
+    with torch.autocast("cpu", dtype):
+        found = Threads(2).map(lambda rows: (rows @ rows.t()).dtype, [torch.ones(2, 2), torch.ones(3, 2)])
+    assert found == [dtype, dtype]
