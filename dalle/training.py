@@ -152,6 +152,7 @@ class LargeTraining(Training):
 
 
 SETTLED = 10  # updates after which the time left is worth saying
+STARVED = 0.5  # share of the time that training waits for data from which it is worth a warning
 REFIT = 10  # updates between two looks at the time left, where a run is to end in time
 
 # What may differ between a run and its continuation without making it another run.
@@ -272,7 +273,7 @@ def fit(session: Session) -> bool:
             if owed:
                 with clock.paused():
                     _evaluate(session, step, log)
-            stopping = False
+            stopping = starved = False
             while step < config.steps and not stopping:
                 saver.check()  # rather than train on for what would be lost
                 metrics = update(session, batches, step, window)
@@ -281,7 +282,9 @@ def fit(session: Session) -> bool:
                     config = _fit_to_budget(session, budget, step, bar)
                 last = step == config.steps
                 if log and (step % config.log_every == 0 or last):
-                    log.write(step, {**window.close(), **engine.per_resblock()})
+                    line = window.close()
+                    log.write(step, {**line, **engine.per_resblock()})
+                    starved = starved or _is_starved(task.label, step - bar.start, line["data_wait"])
                 _show(session, bar, step, metrics["loss"], ceiling)
                 with clock.paused():
                     if step % config.save_every == 0 or last or stopping:
@@ -299,6 +302,17 @@ def fit(session: Session) -> bool:
     if step < config.steps:
         say(f"stopped after step {step:,} of {config.steps:,}, saved; the same command goes on from there")
     return step >= config.steps
+
+
+def _is_starved(label: str, updates: int, waited: float) -> bool:
+    """Warn where training waits for its pictures; not of the first updates, while the readers start."""
+    if updates < 2 * SETTLED or waited < STARVED:
+        return False
+    warn(
+        f"{label}: {waited:.0%} of the time is spent waiting for pictures: --set workers=… reads with more "
+        "processes, and pictures that are made smaller once are read faster"
+    )
+    return True
 
 
 def _show(session: Session, bar: Bar, step: int, loss: float, ceiling: float) -> None:

@@ -1,6 +1,8 @@
 """Batches of prepared samples: one endless stream that can be entered at any position."""
 
+import time
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -22,6 +24,9 @@ TRIES = 100  # bad samples in a row, after which the data is taken to be broken
 # Positions from a bad sample to the one tried next. A prime, so that every sample of an epoch has its turn;
 # far, so that a batch seldom holds a sample twice: as itself and in the place of a bad one.
 LEAP = 1_000_000_007
+# Where some samples are needed at once, so many are read before it is asked whether they take longer than so
+# many seconds each: decoding large pictures lets other threads run, drawing scenes does not.
+AHEAD, SLOW = 16, 1e-3
 
 
 @dataclass
@@ -89,19 +94,22 @@ class Loader:
         Args:
             each: told how many are read, whenever one is.
         """
-        rows: list[tuple[Tensor, ...]] = []
-        for place in range(len(self._samples.source)):
-            index = self._samples.index(place)
-            try:
-                rows.append(self._samples.read(index, self._samples.rng(index)))
-                each(len(rows))
-            except BadSample as bad:
-                self.skipped[bad.key] = bad.reason
-            if len(rows) == n:
-                break
+        rows: list[Prepared] = []
+        place, length, slow = 0, len(self._samples.source), False
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            while len(rows) < n and place < length:
+                places = range(place, min(length, place + min(AHEAD, n - len(rows))))
+                began = time.perf_counter()
+                for found in (threads.map if slow else map)(self._samples.attempt, places):
+                    self.skipped |= found.skipped
+                    if found.tensors:
+                        rows.append(found)
+                        each(len(rows))
+                slow = slow or time.perf_counter() - began > SLOW * len(places)
+                place = places.stop
         if not rows:
             raise _nothing_readable(self._samples.source, self.skipped)
-        return _stack([Prepared(row) for row in rows]).tensors
+        return _stack(rows).tensors
 
 
 class _Samples(Dataset[Prepared]):
@@ -128,6 +136,14 @@ class _Samples(Dataset[Prepared]):
                 # A value, because torch re-raises a worker's exception with its traceback as the message.
                 return Prepared(skipped=skipped, error=error)
         return Prepared(skipped=skipped, error=_nothing_readable(self.source, skipped))
+
+    def attempt(self, place: int) -> Prepared:
+        """The sample at a place of the first epoch, prepared alike wherever it is; nothing if it is bad."""
+        index = self.index(place)
+        try:
+            return Prepared(self.read(index, self.rng(index)))
+        except BadSample as bad:
+            return Prepared(skipped={bad.key: bad.reason})
 
     def index(self, position: int) -> int:
         length = len(self.source)

@@ -196,7 +196,7 @@ def test_killed_at_random_moments_nothing_is_lost_but_the_steps_since_the_last_s
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--processes", 3], "batch_size=4 is that of all 3 processes, so it must be a multiple"),
+        (["--processes", 3], "batch_size=4 is that of all 3 processes: it must be a multiple of"),
         (["--processes", 2, "--data", "nowhere"], "nowhere"),
     ],
 )

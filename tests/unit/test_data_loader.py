@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -257,6 +259,24 @@ def test_some_are_read_without_bad_samples_or_repetitions():
     assert loader.skipped == {"0": "torn", "2": "torn"}
     with pytest.raises(DataError, match="no readable picture"):
         Loader(Numbers(2, broken=[0, 1]), prepare, batch_size=1, seed=0).some(1)
+
+
+def test_some_that_take_long_are_read_by_several_threads_and_are_the_same(monkeypatch):
+    source, readers = Numbers(99, broken=[5, 70]), set()
+
+    def noted(sample, rng):
+        readers.add(threading.get_ident())
+        time.sleep(0.002)
+        return prepare(sample, rng)
+
+    plain = Loader(source, prepare, batch_size=1, seed=1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    slow = Loader(source, noted, batch_size=1, seed=1)
+    told = []
+    assert same([plain.some(80)], [slow.some(80, told.append)])
+    assert told == list(range(1, 81))
+    assert slow.skipped == plain.skipped
+    assert len(readers) == 1 + 4
 
 
 def test_a_sample_among_some_is_prepared_alike_in_any_order():

@@ -305,14 +305,14 @@ def test_rates_count_neither_saving_nor_evaluating(tmp_path, monkeypatch):
 
 
 class Slow:
-    """A loader whose batches take three seconds each."""
+    """A loader whose batches take so many seconds each."""
 
-    def __init__(self, loader, now):
-        self.loader, self.now, self.skipped = loader, now, {}
+    def __init__(self, loader, now, seconds=3.0):
+        self.loader, self.now, self.seconds, self.skipped = loader, now, seconds, {}
 
     def batches(self, start, stride):
         for batch in self.loader.batches(start, stride):
-            self.now[0] += 3
+            self.now[0] += self.seconds
             yield batch
 
 
@@ -334,6 +334,29 @@ def test_what_is_waited_for_and_how_fast_it_goes_is_told(tmp_path, monkeypatch, 
     assert [line["data_wait"] for line in lines] == [0.75] * 2
     # Four pictures in eight seconds, of three tokens and 24 operations each
     assert "0.125 steps/s · 0 s left · tokens/s 2 · of GEMM rate 50%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("seconds", "warned"), [(3, True), (0.5, False)])
+def test_training_that_waits_for_its_pictures_says_so_once(tmp_path, monkeypatch, capsys, seconds, warned):
+    now, loss = [0.0], Regression.loss
+    for module in ("dalle.console", "dalle.training"):
+        monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("dalle.training.SETTLED", 2)
+
+    def in_a_second(*arguments):
+        now[0] += 1
+        return loss(*arguments)
+
+    monkeypatch.setattr(Regression, "loss", in_a_second)
+    task = Regression(tmp_path, config(steps=3))
+    task.loader = Slow(task.loader, now, seconds)
+    assert task.run()
+    assert "waiting" not in capsys.readouterr().err  # the first updates wait for the readers to start
+    task = Regression(tmp_path, config(steps=12))
+    task.loader = Slow(task.loader, now, seconds)
+    assert task.run()
+    expected = "toy: 75% of the time is spent waiting for pictures: --set workers=…"
+    assert capsys.readouterr().err.count(expected) == warned
 
 
 def test_the_time_left_is_said_once_the_rate_has_settled_of_a_continued_run_too(
