@@ -9,6 +9,7 @@ import torch
 
 from cli.main import app
 from dalle import bench, ceiling
+from dalle.errors import CheckpointError
 from stage1_dvae.config import DVAEConfig
 from stage2_prior.config import PRESETS, PriorConfig
 from tests import oracles, tiny
@@ -91,3 +92,10 @@ def test_the_command_prints_and_writes_what_was_measured(tmp_path, monkeypatch, 
     assert json.loads(said.out) == json.loads(path.read_text()) == result
     assert said.err == f"written to {path}\n"
     assert "copy" in path.with_suffix(".txt").read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "bench", lambda: pytest.fail("measured what could not be written"))
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file is a file"):
+        app(["bench", "--out", str(tmp_path / "file" / "out")], standalone_mode=False)
