@@ -49,7 +49,7 @@ def _mistake(error: Exception) -> str | None:
         )
     if said.startswith("DataLoader worker"):
         return (
-            f"{said.partition('.')[0]}: it read pictures, and lacked memory perhaps; "
+            f"{said.partition('.')[0]}: a process that reads pictures ended, perhaps for want of memory; "
             "give a container more shared memory (docker run --shm-size=8g), or use --set workers=0"
         )
     if isinstance(error, OSError) and not isinstance(error, ConnectionError):

@@ -261,6 +261,7 @@ def sample(
 
     wanted = [p for given in prompts for p in (_standard_input() if given == "-" else [given])]
     wanted = [p.strip().encode("utf-8", "replace").decode("utf-8") for p in wanted if p.strip()]
+    wanted = list(dict.fromkeys(wanted))  # a prompt given twice would be the same pictures twice
     if not wanted:
         raise DalleError('no prompt was given; say what to draw, such as: dalle sample "a red circle"')
     sampling = Sampling(temperature, top_k, top_p, guidance)

@@ -26,7 +26,7 @@ PATIENCE = timedelta(days=1)  # with one that reads a long list of captions; a d
 
 
 class Part(NamedTuple):
-    """What this process holds of a tensor: a run of it, flattened, from `offset`; maybe nothing."""
+    """What this process holds of a tensor: a contiguous share, flattened, from `offset`; maybe nothing."""
 
     shape: tuple[int, ...]
     offset: int

@@ -72,7 +72,8 @@ def previewing(
     def show(first: int, pictures: list[Image.Image]) -> None:
         nonlocal path
         if path is None:
-            path = next(path for mark in _marks() if _take(path := folder / f"preview{mark}.png"))
+            names = (folder / f"preview{mark}.png" for mark in _marks())
+            path = next(name for name in names if _take(name))  # only what is ours goes away at the end
             say(f"what is drawn so far: {path}")
         save_png(path, contact_sheet(pictures, captions[first : first + len(pictures)]))
 

@@ -179,7 +179,9 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _diagnosis(self, pieces: list[Piece]) -> str:
-        bad = [piece.name for piece in pieces if not piece.grad.isfinite().all()]
+        mine = [piece.name for piece in pieces if not piece.grad.isfinite().all()]
+        anywhere = {name for each in self.topology.gather(mine) for name in each}
+        bad = [name for name in self.named if name in anywhere]
         where = f"first in {bad[0]} ({len(bad)} parameters in all)" if bad else "in its norm alone"
         if self.scaling is not None and not self.scaling.outside and self.scaling.overflowed:
             where += f", though smaller gradient scales were tried: {self.scaling.describe_overflow()}"
@@ -233,7 +235,7 @@ class Engine:
             return {}
         parts = {}
         for name, shape in self.muon.shapes.items():
-            offset, size = self._run_of(name) if self._tells() else (0, 0)
+            offset, size = self._share_of(name) if self._tells() else (0, 0)
             momentum = self.muon.momenta.get(name)  # None before the first update that was not dropped
             values = torch.zeros(size) if momentum is None else momentum[:size]
             parts[name + MOMENTUM_KEY] = Part(shape, offset, values)
@@ -275,7 +277,7 @@ class Engine:
             tensor = saved.read("errors", name)
             if self.compression is not None and name in self.named:
                 self.compression.load(
-                    name, full_shape(self.named[name]), *self._run_of(name), tensor, machines
+                    name, full_shape(self.named[name]), *self._share_of(name), tensor, machines
                 )
 
     def _load_momenta(self, saved: Saved) -> None:
@@ -283,10 +285,10 @@ class Engine:
             return
         for name in self.muon.shapes:
             tensor = saved.read("moments", name + MOMENTUM_KEY).to(self.device)
-            self.muon.load(name, *self._run_of(name), tensor)
+            self.muon.load(name, *self._share_of(name), tensor)
 
-    def _run_of(self, name: str) -> tuple[int, int]:
-        """Where this process' run of a parameter's gradient begins, and its length."""
+    def _share_of(self, name: str) -> tuple[int, int]:
+        """Where this process' share of a parameter's gradient begins, and its length."""
         return 0, self.named[name].numel()
 
     def _scales(self) -> dict[str, dict[str, Tensor]]:

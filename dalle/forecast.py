@@ -64,12 +64,12 @@ def memory(
         held_so = choice.factor_bytes * (matrices + low.projections)  # P and Q are fp32 until all are there
         errors = (held_so + 4.0 * low.factors) / of_moments
     on_gpu = not (choice.offload and stage)
-    four = choice.moments == "16bit" or choice.muon  # bytes of the moments of a matrix
+    for_matrices = 4 if choice.moments == "16bit" or choice.muon else 8  # bytes of a number's moments
     return Memory(
         weights=(2 * matrices + 4 * rest if halved else 4 * n) / of_weights
         + (4 * n / of_moments if stage and on_gpu else 0),
         gradients=4 * n / of_gradients,
-        moments=(4 * matrices + 8 * rest if four else 8 * n) / of_moments if on_gpu else 0.0,
+        moments=(for_matrices * matrices + 8 * rest) / of_moments if on_gpu else 0.0,
         average=4 * n / of_moments if on_gpu else 0.0,
         errors=errors,
         activations=float(max(0, activations)),

@@ -53,7 +53,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Update `number`; `grad_norm` must be the norm of the gradient that it applies.
+        """Apply update number `self.number`; `self.grad_norm` must be the gradient's norm, after clipping.
 
         With `skip` it leaves weights, moments and counts as they are.
         """

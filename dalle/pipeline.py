@@ -81,7 +81,7 @@ class TextToImage:
             at_once: pictures drawn side by side. However many are asked for, memory is needed for so many.
 
         Raises:
-            ConfigError: at_once is less than 1, or the device has no such weights.
+            ConfigError: at_once is less than 1, or the device has no arithmetic of this `precision`.
             CheckpointError: a stage is missing or damaged, or the prior was trained on another dVAE or
                 tokenizer.
         """
@@ -153,7 +153,8 @@ class TextToImage:
                 with the place of the first of them among all.
 
         Raises:
-            ConfigError: the model's weights are broken.
+            ConfigError: the device has no such weights, the prior was not trained for guidance, or its
+                weights are broken; when the first picture is asked for.
             DataError: a prompt is empty, longer than the prior's text slots, n is less than 1, or there are
                 not as many seeds as prompts.
         """

@@ -44,7 +44,8 @@ def cheaper(
         if needed.total <= cluster.memory:
             found.append((other, needed))
     told = [(other.options(choice), needed) for other, needed in found]
-    small = replace(choice, stage=3 if cluster.gpus > 1 else choice.stage, moments=_smallest_moments(choice))
+    stage = 3 if _shares(choice, cluster) else choice.stage
+    small = replace(choice, stage=stage, moments=_smallest_moments(choice))
     head = model.width // model.heads
     # The first of each is the model itself: the others' activations are taken in proportion to its own.
     narrower = [
@@ -53,37 +54,50 @@ def cheaper(
     ]
     shallower = [(f"--set depth={n}", replace(model, depth=n)) for n in range(model.depth, 0, -1)]
     for smaller in (narrower, shallower):
-        if len(told) < 3 and (fits := _first(smaller, small, cluster, precision)):
-            shrunk = "" if fits[0] == smaller[0][0] else fits[0]
-            change = f"{shrunk} {small.options(choice)}".strip()
+        if len(told) < 3 and (first := _first(smaller, small, cluster, precision)):
+            words, suited, needed = first
+            shrunk = "" if words == smaller[0][0] else words
+            change = f"{shrunk} {suited.options(choice)}".strip()
             if change not in (each for each, _ in told):
-                told.append((change, fits[1]))
+                told.append((change, needed))
     return told
 
 
 def _first(
     smaller: Sequence[tuple[str, PriorConfig]], choice: Choice, cluster: Cluster, precision: Arithmetic
-) -> tuple[str, Memory] | None:
-    """The first that fits, by bisection: they are ordered from the largest to the smallest."""
+) -> tuple[str, Choice, Memory] | None:
+    """The first that fits, by bisection, largest first; with no larger a rank than the paper has for it."""
     largest = smaller[0][1]
-    held = footprint(largest, choice.micro_batch, choice.recompute, precision)
+    halved = choice.weights == "fp16"
+    held = footprint(largest, choice.micro_batch, choice.recompute, precision, halved=halved)
+
+    def suited(model: PriorConfig) -> Choice:
+        return replace(choice, rank=min(choice.rank, paper_rank(model.width)))
 
     def needed(model: PriorConfig) -> Memory:
         share = model.width * model.depth / (largest.width * largest.depth)  # near enough, and at once
         scaled = Footprint(round(held.partitioned * share), round(held.whole * share))
-        suited = replace(choice, rank=choice.rank and paper_rank(model.width))
-        return memory(model, suited, cluster, precision, scaled)
+        return memory(model, suited(model), cluster, precision, scaled)
 
     at = bisect.bisect_left(smaller, True, key=lambda each: needed(each[1]).total <= cluster.memory)
-    return (smaller[at][0], needed(smaller[at][1])) if at < len(smaller) else None
+    if at == len(smaller):
+        return None
+    words, model = smaller[at]
+    return words, suited(model), needed(model)
+
+
+def _shares(choice: Choice, cluster: Cluster) -> bool:
+    """Can ZeRO share anything out? It needs several GPUs and weights in fp32 (see `wiring.make_engine`)."""
+    return cluster.gpus > 1 and choice.weights == "fp32"
 
 
 def _changes(choice: Choice, cluster: Cluster) -> Iterator[Choice]:
-    stages = range(choice.stage, 4) if cluster.gpus > 1 else [choice.stage]
+    shared = _shares(choice, cluster)
+    stages = range(choice.stage, 4) if shared else [choice.stage]
     moments = {choice.moments, _smallest_moments(choice)}
     recompute = {choice.recompute, True}
     batches = [b for b in range(1, choice.micro_batch + 1) if choice.micro_batch % b == 0]
-    offload = {choice.offload, cluster.gpus > 1}
+    offload = {choice.offload, shared}
     ranks = {choice.rank, 0} if cluster.machines > 1 else {choice.rank}
     for stage, kind, again, batch, off, rank in itertools.product(
         stages, moments, recompute, batches, offload, ranks
@@ -146,7 +160,7 @@ def make_plan(
         preset: of the prior.
         cluster: the machines.
         zero: stage; by default the lowest that fits, or 3.
-        rank: total rank between machines; by default that of the settings, or the paper's rule; 0 for none.
+        rank: total rank between machines; 0 for none; by default that of the settings.
         settings: as for training.
 
     Raises:
@@ -160,19 +174,18 @@ def make_plan(
         )
     precision: Arithmetic = "bf16" if training.precision == "auto" else training.precision
     rank = training.compression_rank if rank is None else rank
-    halved = training.weights == "fp16"
-    if halved and zero and cluster.gpus > 1:
+    if training.weights == "fp16" and zero and cluster.gpus > 1:
         raise ConfigError(
             f"weights=fp16 needs the whole model on each GPU: --zero 0 in place of --zero {zero}"
         )
-    # One GPU shares nothing out, and no stage of ZeRO shares out weights in fp16.
-    possible = (0,) if halved or cluster.gpus == 1 else (0, 1, 2, 3)
     choice = Choice(
-        possible[-1] if zero is None else min(zero, possible[-1]), training.moments, training.recompute,
+        3 if zero is None else zero, training.moments, training.recompute,
         training.pictures_at_once(cluster.gpus), training.offload == "cpu",
         rank=rank if cluster.machines > 1 else 0, muon=training.optimizer == "muon", weights=training.weights,
         factor_bytes=2 if training.compression_format == "16bit" else 4,
     )  # fmt: skip
+    possible = range(4) if _shares(choice, cluster) else range(1)
+    choice = replace(choice, stage=min(choice.stage, possible[-1]))
     stages = {s: memory(model, replace(choice, stage=s), cluster, precision) for s in possible}
     if zero is None:
         suits = [s for s, needed in stages.items() if needed.total <= cluster.memory]

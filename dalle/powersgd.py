@@ -311,8 +311,9 @@ class PowerSGD:
         bad_factors = self.wire.any(_stack((bad for b in exchanged for bad in b.bad_factors), device))
         flags = iter(bad_factors)
         for block in exchanged:
-            compressed = zip(block.low, block.bases, block.q, block.bad_sums, strict=True)
-            for (matrix, gradient), basis, q, bad_sum in compressed:
+            for (matrix, gradient), basis, q, bad_sum in zip(
+                block.low, block.bases, block.q, block.bad_sums, strict=True
+            ):
                 matrix.of(gradient).copy_(basis @ q.t())
                 self._subtract(matrix, gradient, next(flags), bad_sum)
             for gradient, mean in zip(block.full, block.means, strict=True):

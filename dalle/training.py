@@ -104,7 +104,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class LargeTraining(Training):
-    """What the paper does to train a model too large for one machine."""
+    """What the prior can be trained with besides: Muon, and what the paper does for models of its size."""
 
     optimizer: Literal["adamw", "muon"] = setting(
         "adamw",

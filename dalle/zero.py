@@ -376,12 +376,14 @@ class ZeroEngine(Engine):
                     "step": updates.to(flat.device, copy=True),  # each flat tensor counts for itself
                     **{kind: torch.zeros_like(flat, dtype=dtype) for kind in MOMENTS},
                 }
+        saved_moments = saved.names("moments")
         for name in self.named:
             self._take(saved, "weights", name, name, self.flats)
             self._take(saved, "average", name, name, self.average.weights)
-            for kind in MOMENTS if counts else ():
-                held = [self.optimizer.state[flat].get(kind) for flat in self.flats]
-                self._take(saved, "moments", f"{name}/{kind}", name, held)
+            for kind in MOMENTS:
+                if (key := f"{name}/{kind}") in saved_moments:
+                    held = [self.optimizer.state[flat].get(kind) for flat in self.flats]
+                    self._take(saved, "moments", key, name, held)
         self._show(self.flats)
         self._load_momenta(saved)
         self._load_scales(saved)
@@ -392,13 +394,11 @@ class ZeroEngine(Engine):
         shares = [share for share in self.shares.values() if share is not None]
         return [self.flats[share.flat].narrow(0, share.start, share.size) for share in shares]
 
-    def _run_of(self, name: str) -> tuple[int, int]:
+    def _share_of(self, name: str) -> tuple[int, int]:
         share = self.shares[name]
         return (share.offset, share.size) if share is not None else (0, 0)
 
     def _take(self, saved: Saved, file: str, key: str, name: str, flats: list[Tensor]) -> None:
-        if key not in saved.names(file):
-            return
         tensor, share = saved.read(file, key).flatten(), self.shares[name]
         if share is not None:
             flats[share.flat].narrow(0, share.start, share.size).copy_(tensor[share.offset :][: share.size])

@@ -123,6 +123,7 @@ def prepare(options: Options) -> Session:
         needed = min(pictures_needed(run.model), len(source))
         with Bar("dVAE: pictures to cluster", needed, unit="pictures") as bar:
             (some,) = centred.some(needed, bar.show)
+        loader.skipped |= centred.skipped
         with whole(model.parameters()):
             start_from_patches(model, to_pixels(some), config.seed)
     to_device(model, config, torch.channels_last)  # faster everywhere

@@ -329,7 +329,6 @@ class Stage2:
 
     def after(self, loss: float) -> None:
         """The plateau rule watches the training loss."""
-        self.plateau.patience = self.config.patience  # fitted to the time where a run is to end in time
         self.plateau.observe(loss)
 
     def evaluate(self, step: int) -> dict[str, float]:

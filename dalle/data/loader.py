@@ -1,6 +1,7 @@
 """Batches of prepared samples: one endless stream that can be entered at any position."""
 
 import time
+import warnings
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -24,8 +25,8 @@ TRIES = 100  # bad samples in a row, after which the data is taken to be broken
 # Positions from a bad sample to the one tried next. A prime, so that every sample of an epoch has its turn;
 # far, so that a batch seldom holds a sample twice: as itself and in the place of a bad one.
 LEAP = 1_000_000_007
-# Where some samples are needed at once, so many are read before it is asked whether they take longer than so
-# many seconds each: decoding large pictures lets other threads run, drawing scenes does not.
+# `some` takes AHEAD samples at a time. Once they take over SLOW seconds each, it reads with several threads:
+# decoding large pictures lets other threads run, drawing scenes does not.
 AHEAD, SLOW = 16, 1e-3
 
 
@@ -41,10 +42,10 @@ class Prepared:
 class Loader:
     """Prepared samples in batches. The sample at position p is a function of (source, seed, p) alone.
 
-    So a stream can be resumed at any sample, and is the same for any number of worker processes. Without
-    `shuffle` position p holds sample p modulo the length of the source. A bad sample's place is taken by the
-    next readable one of its epoch in steps of `LEAP` positions: among the shuffled, for bad ones often lie
-    together. `skipped` grows by its key and the reason as batches are handed out.
+    So a stream can be resumed at any sample, and is the same for any number of worker processes. A bad
+    sample's place is taken by the next readable one of its epoch in steps of `LEAP` positions: among the
+    shuffled, for bad ones often lie together. `skipped` grows by its key and the reason as batches are handed
+    out.
 
     Args:
         prepare: gets all captions, and a generator of its own for every position. Must be picklable where
@@ -65,7 +66,6 @@ class Loader:
         batch_size: int,
         seed: int,
         workers: int = 0,
-        shuffle: bool = True,
         min_side: int = 0,
     ) -> None:
         if not len(source):
@@ -73,7 +73,7 @@ class Loader:
         self.batch_size = batch_size
         self.workers = workers
         self.skipped = {bad.key: bad.reason for bad in getattr(source, "bad", [])}
-        self._samples = _Samples(source, prepare, seed, shuffle, min_side)
+        self._samples = _Samples(source, prepare, seed, min_side)
 
     def batches(self, start: int = 0, stride: int = 1) -> Generator[tuple[Tensor, ...], None, None]:
         """Batches without end, of the positions `start`, `start + stride`, …; closing it stops the workers.
@@ -96,7 +96,9 @@ class Loader:
         """
         rows: list[Prepared] = []
         place, length, slow = 0, len(self._samples.source), False
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        # `decode` silences warnings too, but threads that do so at once would restore each other's filters.
+        with warnings.catch_warnings(), ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            warnings.simplefilter("ignore")
             while len(rows) < n and place < length:
                 places = range(place, min(length, place + min(AHEAD, n - len(rows))))
                 began = time.perf_counter()
@@ -115,11 +117,10 @@ class Loader:
 class _Samples(Dataset[Prepared]):
     """Position → one prepared sample."""
 
-    def __init__(self, source: Source, prepare: Prepare, seed: int, shuffle: bool, min_side: int) -> None:
+    def __init__(self, source: Source, prepare: Prepare, seed: int, min_side: int) -> None:
         self.source = source
         self.prepare = prepare
         self.seed = seed
-        self.shuffle = shuffle
         self.min_side = min_side
 
     def __getitem__(self, position: int) -> Prepared:
@@ -146,8 +147,7 @@ class _Samples(Dataset[Prepared]):
             return Prepared(skipped={bad.key: bad.reason})
 
     def index(self, position: int) -> int:
-        length = len(self.source)
-        return shuffled(position, length, self.seed) if self.shuffle else position % length
+        return shuffled(position, len(self.source), self.seed)
 
     def read(self, index: int, rng: np.random.Generator) -> tuple[Tensor, ...]:
         sample = self.source[index]

@@ -62,6 +62,8 @@ def _close() -> None:
 
 
 def _outlive_signals(worker: int) -> None:
-    # A terminal's Ctrl-C and a scheduler's SIGTERM reach the workers too. The parent saves, then stops them.
+    # A terminal's Ctrl-C, its closing and a scheduler's SIGTERM reach the workers too. The parent saves, then
+    # stops them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))  # the alarm ends the process

@@ -106,7 +106,7 @@ def formula(one: Session) -> float:
     """What process 0 sends in an update by the formula: r·(rows + columns) for the rows that it holds."""
     total = 0
     for name, p in one.engine.named.items():
-        offset, numel = one.engine._run_of(name)
+        offset, numel = one.engine._share_of(name)
         shape = full_shape(p)
         columns = shape[-1]
         first, last = math.ceil(offset / columns), (offset + numel) // columns

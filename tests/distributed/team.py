@@ -14,6 +14,7 @@ import dalle.zero
 from dalle.console import Stopwatch
 from dalle.distributed import topology
 from dalle.engine import Engine
+from dalle.errors import CheckpointError, DalleError
 from dalle.metrics import Window
 from dalle.noise import keyed
 from dalle.states import Saver
@@ -239,6 +240,37 @@ def alike() -> list[list[float]]:
     one = session(seed=3 + topology().rank, zero=0)
     tensors = (*one.engine.parameters, *one.engine.average.weights)
     return topology().gather([tensor.detach().double().sum().item() for tensor in tensors])
+
+
+class Nothing:
+    """A training state of another model."""
+
+    def names(self, file: str) -> set[str]:
+        return set()
+
+    def read(self, file: str, name: str) -> Tensor:
+        raise CheckpointError(f"holds no {name}")
+
+
+def refused() -> dict[str, list[str]]:
+    """At every stage: what is said of another model's state, and by each process of an infinity in one."""
+    result = {}
+    for zero in STAGES:
+        one = session(zero=zero)
+        try:
+            one.engine.load(Nothing())
+        except CheckpointError as error:
+            said = [str(error)]
+        finish(one)
+        one = session(zero=zero, sick=True)
+        try:
+            with patch("dalle.engine.PATIENCE", 1):
+                train(one, 0, SICK_STEP + 1)
+        except DalleError as error:
+            said += topology().gather(str(error))
+        finish(one)
+        result[str(zero)] = said
+    return result
 
 
 def halved() -> dict[str, Any]:

@@ -68,7 +68,7 @@ def test_an_infinity_in_one_process_shrinks_one_scale_everywhere_and_the_run_goe
 
 @pytest.fixture(scope="module")
 def two(teams):
-    return teams(TEAM, "born+alike+offloaded+muon+halved+gathered", local=2)
+    return teams(TEAM, "born+alike+refused+offloaded+muon+halved+gathered", local=2)
 
 
 def test_slurm_starts_the_same(teams, two):
@@ -84,6 +84,18 @@ def test_without_zero_all_begin_with_the_weights_of_the_first(two):
     """What each finds by itself, clusters of patches say, may differ in the last bits between machines."""
     first, second = two["alike"]
     assert first == second
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_the_state_of_another_model_is_refused(two, zero):
+    assert two["refused"][str(zero)][0].startswith("holds no ")
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_an_infinity_is_told_alike_by_all_processes_wherever_it_lies(two, zero):
+    first, second = two["refused"][str(zero)][1:]
+    assert "first in start_of_text" in first
+    assert first == second == two["refused"]["0"][1]
 
 
 @pytest.mark.parametrize(("work", "changes"), [("relay", {}), ("relay_with_muon", {"optimizer": "muon"})])

@@ -542,7 +542,7 @@ def test_a_full_disk_while_training_loses_nothing(run, monkeypatch, capsys, stag
         ),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"),
-            "error: DataLoader worker (pid 7) is killed by signal: Bus error: it read pictures",
+            "error: DataLoader worker (pid 7) is killed by signal: Bus error: a process that reads",
         ),
     ],
 )

@@ -126,7 +126,8 @@ def test_how_many_are_drawn_at_once_and_seen_on_the_way_changes_no_picture(dalle
 
 
 def test_a_dash_reads_prompts_from_standard_input(run, dalle, tmp_path):
-    done = dalle("sample", "-", "--run", run, "--out", tmp_path, stdin="a red circle\n\n  a blue star  \n")
+    given = "a red circle\n\n  a blue star  \na red circle\n"
+    done = dalle("sample", "-", "--run", run, "--out", tmp_path, stdin=given)
     assert done.code == 0, done.err
     assert [path.name for path in done.paths] == [
         "a-red-circle-seed0-0.png", "a-blue-star-seed0-0.png", "a-red-circle-and-others-seed0-sheet.png",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -134,8 +135,6 @@ def test_the_stream_is_the_same_for_any_number_of_workers():
 def test_batches_follow_the_order_of_positions():
     loader = Loader(Numbers(41), prepare, batch_size=5, seed=1)
     assert numbers(take(loader, 20)) == [shuffled(p, 41, 1) for p in range(100)]
-    plain = Loader(Numbers(41), prepare, batch_size=5, seed=1, shuffle=False)
-    assert numbers(take(plain, 20)) == [p % 41 for p in range(100)]
 
 
 @pytest.mark.parametrize("start", [1, 39, 41, 83])
@@ -171,16 +170,21 @@ def test_draws_differ_between_positions_and_seeds():
 # Bad samples
 
 
-def test_the_next_readable_sample_takes_a_bad_ones_place():
-    loader = Loader(Numbers(6, broken=[2, 3, 5]), prepare, batch_size=6, seed=0, shuffle=False)
+@pytest.fixture
+def in_order(monkeypatch):
+    monkeypatch.setattr("dalle.data.loader.shuffled", lambda position, length, seed: position % length)
+
+
+def test_the_next_readable_sample_takes_a_bad_ones_place(in_order):
+    loader = Loader(Numbers(6, broken=[2, 3, 5]), prepare, batch_size=6, seed=0)
     assert loader.skipped == {}
     assert numbers(take(loader, 1)) == [0, 1, 1, 1, 4, 4]
     assert loader.skipped == dict.fromkeys("235", "torn")
 
 
-def test_what_takes_a_bad_ones_place_is_prepared_anew():
+def test_what_takes_a_bad_ones_place_is_prepared_anew(in_order):
     """With the draws of that place: the sample is in the epoch twice, and not twice the same."""
-    loader = Loader(Numbers(6, broken=[2]), prepare, batch_size=6, seed=0, shuffle=False)
+    loader = Loader(Numbers(6, broken=[2]), prepare, batch_size=6, seed=0)
     ((read, draws),) = take(loader, 1)
     assert read[1] == read[2]
     assert not torch.equal(draws[1], draws[2])
@@ -204,18 +208,16 @@ def test_one_readable_sample_is_found_wherever_it_is():
     assert set(numbers(take(loader, 1))) == {17}
 
 
-def test_small_pictures_are_skipped_with_their_size():
-    loader = Loader(Numbers(4, small=[1]), prepare, batch_size=4, seed=0, shuffle=False, min_side=8)
+def test_small_pictures_are_skipped_with_their_size(in_order):
+    loader = Loader(Numbers(4, small=[1]), prepare, batch_size=4, seed=0, min_side=8)
     assert numbers(take(loader, 1)) == [0, 0, 2, 3]
     reason = "7×4 pixels, smaller than image_size=8; a dVAE with --set image_size=… could use it"
     assert loader.skipped == {"1": reason}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_nothing_readable_is_an_error_in_one_line(workers):
-    loader = Loader(
-        Numbers(7, broken=range(7)), prepare, batch_size=2, seed=0, workers=workers, shuffle=False
-    )
+def test_nothing_readable_is_an_error_in_one_line(in_order, workers):
+    loader = Loader(Numbers(7, broken=range(7)), prepare, batch_size=2, seed=0, workers=workers)
     with pytest.raises(DataError) as caught:
         next(loader.batches())
     assert str(caught.value) == (
@@ -250,8 +252,8 @@ def test_what_the_source_lost_on_opening_is_counted_too():
     assert Loader(source, prepare, batch_size=1, seed=0).skipped == {"0.tar": "cut off"}
 
 
-def test_some_are_read_without_bad_samples_or_repetitions():
-    loader = Loader(Numbers(9, broken=[0, 2]), prepare, batch_size=4, seed=0, shuffle=False)
+def test_some_are_read_without_bad_samples_or_repetitions(in_order):
+    loader = Loader(Numbers(9, broken=[0, 2]), prepare, batch_size=4, seed=0)
     told = []
     assert loader.some(3, told.append)[0].tolist() == [1, 3, 4]
     assert told == [1, 2, 3]
@@ -279,10 +281,34 @@ def test_some_that_take_long_are_read_by_several_threads_and_are_the_same(monkey
     assert len(readers) == 1 + 4
 
 
-def test_a_sample_among_some_is_prepared_alike_in_any_order():
-    shuffled_or_not = (Loader(Numbers(9), prepare, batch_size=1, seed=1, shuffle=s) for s in (True, False))
-    one, other = (dict(zip(*(t.tolist() for t in each.some(9)), strict=True)) for each in shuffled_or_not)
-    assert one == other
+def test_a_sample_among_some_is_prepared_alike_in_any_order(request):
+    def prepared():
+        some = Loader(Numbers(9), prepare, batch_size=1, seed=1).some(9)
+        return list(zip(*(column.tolist() for column in some), strict=True))
+
+    one = prepared()
+    request.getfixturevalue("in_order")
+    other = prepared()
+    assert one != other
+    assert sorted(one) == sorted(other)
+
+
+def test_warnings_are_heard_again_after_several_threads_silenced_them(monkeypatch):
+    """Each restores what it found: where two overlap, the later one what the earlier one had set."""
+    both, main = threading.Barrier(2), threading.current_thread()
+
+    def overlapping(sample, rng):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            later = threading.current_thread() is main or both.wait()
+            time.sleep(0.01 * later)  # ends last; so slow that threads read what follows the first two
+        return prepare(sample, rng)
+
+    monkeypatch.setattr("dalle.data.loader.AHEAD", 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    before = list(warnings.filters)
+    Loader(Numbers(4), overlapping, batch_size=1, seed=1).some(4)
+    assert warnings.filters == before
 
 
 def test_some_are_of_the_whole_source():
@@ -309,7 +335,7 @@ def test_workers_outlive_signals_use_one_thread_and_end_with_the_stream():
     batches = loader.batches()
     pids, threads = next(batches)[0].T.tolist()
     assert threads == [1, 1, 1]
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         os.kill(pids[0], number)
     for _ in range(6):  # more than the two batches that each worker has read ahead
         next(batches)

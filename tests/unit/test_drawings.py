@@ -1,5 +1,6 @@
 """The files that `sample` and `reconstruct` leave behind."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -157,6 +158,21 @@ def test_a_preview_lasts_as_long_as_the_drawing(tmp_path):
     assert not path.exists()
     with previewing(path.parent, [], wanted=False) as show:
         assert show is None
+
+
+def test_a_preview_that_cannot_be_begun_takes_nothing_away(tmp_path, monkeypatch):
+    (tmp_path / "preview.png").write_bytes(b"mine")
+    touch = Path.touch
+
+    def full(path, **more):
+        if path.name == "preview-2.png":
+            raise OSError(errno.ENOSPC, "no space left on device")
+        touch(path, **more)
+
+    monkeypatch.setattr(Path, "touch", full)
+    with pytest.raises(OSError, match="no space"), previewing(tmp_path, ["a star"], True) as show:
+        show(0, pictures(1))
+    assert (tmp_path / "preview.png").read_bytes() == b"mine"
 
 
 def test_a_preview_that_was_there_stays(tmp_path, capsys):

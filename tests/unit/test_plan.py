@@ -248,6 +248,28 @@ def test_weights_in_fp16_are_planned_whole_on_each_gpu():
         make_plan("paper", two, zero=2, settings=half)
 
 
+def test_weights_in_fp16_are_offered_no_zero():
+    """At half of what is missing; only a smaller pass or model can help."""
+    settings = ("depth=4", "width=512", "heads=8", "weights=fp16", "moments=16bit", "precision=fp16")
+    needed = make_plan("small", replace(V100S, gpus=8), settings=settings).stages[0].total
+    made = make_plan("small", replace(V100S, gpus=8, memory=needed * 0.7), settings=settings)
+    assert made.cheaper
+    assert not any(word in change for change, _ in made.cheaper for word in ("--zero", "offload"))
+
+
+def test_a_smaller_model_is_offered_with_the_rank_it_was_counted_with():
+    choice = Choice(3, "16bit", True, 1, rank=896)
+    needed = memory(PAPER, choice, V100S).total
+    cluster = replace(V100S, memory=needed / 4)
+    offered = [(change, needed) for change, needed in cheaper(PAPER, choice, cluster) if "width" in change]
+    assert offered
+    for change, counted in offered:
+        asked = dict(word.split("=") for word in change.split() if "=" in word)
+        model = replace(PAPER, width=int(asked["width"]), heads=int(asked["heads"]))
+        typed = replace(choice, rank=int(asked.get("compression_rank", choice.rank)))
+        assert memory(model, typed, cluster, held=NOTHING).errors == counted.errors
+
+
 def test_what_is_offered_instead_fits():
     model = replace(PRESETS["small"][0], grid=8)
     cluster = replace(ONE, memory=1.2e9)
