@@ -27,7 +27,7 @@ from dalle.distributed import joined, topology
 from dalle.launch import launch
 from dalle.noise import keyed
 from dalle.pictures import to_pixels
-from dalle.pipeline import codes_of
+from dalle.pipeline import codec_of
 from dalle.text import Tokenizer, cut_or_pad
 from dalle.training import LargeTraining
 from dalle.wiring import build, make_engine
@@ -47,12 +47,12 @@ RUNS: dict[str, dict[str, Any]] = {
 
 def write_data(path: Path) -> None:
     """Tokens and codes of the scenes."""
-    codes = codes_of(FOLDER)
-    source = open_source("scenes", "train", codes.image_size)
+    codec = codec_of(FOLDER)
+    source = open_source("scenes", "train", codec.image_size)
     tokenizer = Tokenizer.load(FOLDER / "prior" / "tokenizer.json")
     samples = [source[i] for i in range(PICTURES)]
-    pixels = torch.from_numpy(np.stack([centre_crop(s.image, codes.image_size) for s in samples]))
-    grids = torch.cat([codes.encode(to_pixels(part)).flatten(1) for part in pixels.split(64)])
+    pixels = torch.from_numpy(np.stack([centre_crop(s.image, codec.image_size) for s in samples]))
+    grids = torch.cat([codec.encode(to_pixels(part)).flatten(1) for part in pixels.split(64)])
     rows = [cut_or_pad(tokenizer.encode(s.captions[0]), 19)[0] for s in samples]
     tokens = torch.from_numpy(np.stack(rows))
     torch.save({"codes": grids % FOLDED, "tokens": torch.where(tokens < 0, tokens, tokens % WORDS)}, path)

@@ -21,7 +21,7 @@ from dalle.chart import curves, svg
 from dalle.metrics import read_metrics
 from dalle.optim import AdamW
 from dalle.packed import PackedAdamW
-from dalle.pipeline import codes_of
+from dalle.pipeline import codec_of
 from dalle.runs import Options
 from dalle.states import State, state_folders
 from stage2_prior.config import PriorConfig
@@ -37,7 +37,7 @@ def train(run: Path, moments: str) -> list[tuple[float, float]]:
     shutil.copytree(FOLDER / "dvae", run / "dvae")
     settings = ("optimizer=adamw", f"moments={moments}", "precision=fp32", f"eval_every={STEPS}", "workers=0")
     options = Options(run, "scenes", "tiny", STEPS, settings)
-    train_prior(options, codes_of(run), preset="tiny", data="scenes")
+    train_prior(options, codec_of(run), preset="tiny", data="scenes")
     return [(line["step"], line["loss"]) for line in read_metrics(run / "prior") if "loss" in line]
 
 

@@ -120,7 +120,7 @@ def train_prior(
     _become_several(processes, show_config, machines)
     from dalle.checkpoint import read_json
     from dalle.distributed import joined
-    from dalle.pipeline import coarse_of, codes_of
+    from dalle.pipeline import coarse_of, codec_of
     from dalle.runs import Options, begun, machine_preset
     from stage1_dvae.train import check_settled
     from stage2_prior.train import resolve, train
@@ -130,7 +130,7 @@ def train_prior(
         _show_without_dvae(options)
         return
     with joined(None if show_config else processes):  # first: it decides which GPU is this process' own
-        codes = codes_of(run)
+        codec = codec_of(run)
         began = read_json(run / "dvae" / "config.json")
         imported = "training" not in began
         suits = {
@@ -138,11 +138,11 @@ def train_prior(
             "data": "scenes" if imported else began.get("data", "scenes"),
         }
         if show_config:
-            resolve(options, codes, **suits).show()
+            resolve(options, codec, **suits).show()
             return
         if not begun(run / "prior"):
             check_settled(run)
-        done = train(options, codes, **suits, coarse=coarse_of(grow_from) if grow_from else None)
+        done = train(options, codec, **suits, coarse=coarse_of(grow_from) if grow_from else None)
     if not done:
         raise typer.Exit(1)
 
@@ -157,7 +157,7 @@ def verify_resume(
     Both stages are tried; nothing in the run folder changes. Exits with 1 where anything differs.
     """
     from dalle.errors import CheckpointError
-    from dalle.pipeline import codes_of
+    from dalle.pipeline import codec_of
     from dalle.runs import Options
     from dalle.states import state_folders
     from dalle.verify import verify_resume as verify
@@ -165,7 +165,7 @@ def verify_resume(
     from stage2_prior.train import prepare as prepare_prior
 
     def prior() -> Any:
-        return prepare_prior(Options(run), codes_of(run), preset="tiny", data="scenes")  # it has its own
+        return prepare_prior(Options(run), codec_of(run), preset="tiny", data="scenes")  # it has its own
 
     stages = {"dvae": lambda: prepare_dvae(Options(run)), "prior": prior}
     saved = [stage for stage in stages if state_folders(run / stage / "state")]
@@ -365,8 +365,10 @@ def bench(
     out: opt.BenchFolder = None,
 ) -> None:
     """Measure how fast this machine trains, draws, encodes and reads, beside its limits: 2 minutes."""
+    from rich.console import Console
+
     from dalle.bench import bench as measure
-    from dalle.bench import report
+    from dalle.bench import save, table
     from dalle.checkpoint import refuse_unwritable
 
     if out is not None:
@@ -374,8 +376,10 @@ def bench(
     result = measure()
     if json:
         _echo_json(result)
-    if (path := report(result, out, quiet=json)) is not None:
-        typer.echo(f"written to {path}", err=True)
+    else:
+        Console().print(table(result))
+    if out is not None:
+        typer.echo(f"written to {save(result, out)}", err=True)
 
 
 @app.command()
@@ -433,11 +437,11 @@ def audit_precision(
     """Count gradients of the prior that fp16 would lose: under one scale, and under one for each resblock."""
     from dalle.audit import describe
     from dalle.builtin import find_run
-    from dalle.pipeline import codes_of
+    from dalle.pipeline import codec_of
     from stage2_prior.audit import audit
 
     found = find_run(run)
-    facts = {"run": str(run), **audit(found / "prior", codes_of(found), batches, data)}
+    facts = {"run": str(run), **audit(found / "prior", codec_of(found), batches, data)}
     if json:
         _echo_json(facts)
     else:

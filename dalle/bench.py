@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dalle.builtin import find_run
 from dalle.ceiling import gemm_rate
-from dalle.checkpoint import write_json
+from dalle.checkpoint import replacing, write_json
 from dalle.console import say
 from dalle.data.augment import stage2_crop
 from dalle.data.loader import Loader
@@ -98,20 +98,21 @@ def bench(cases: Cases | None = None) -> dict[str, Any]:
     }
 
 
-def report(result: dict[str, Any], folder: Path | None, *, quiet: bool = False) -> Path | None:
-    """Print the table unless `quiet`; in `folder`, write JSON and the table in files named after the date."""
-    table = Table("what", "value", "unit", "of the ceiling", "ceiling", title=_title(result["machine"]))
+def table(result: dict[str, Any]) -> Table:
+    """The rows as people read them."""
+    rows = Table("what", "value", "unit", "of the ceiling", "ceiling", title=_title(result["machine"]))
     for row in result["rows"]:
         share = "" if row["share"] is None else f"{row['share']:.0%}"
-        table.add_row(row["what"], f"{row['value']:,.4g}", row["unit"], share, row["ceiling"])
-    if not quiet:
-        Console().print(table)
-    if folder is None:
-        return None
+        rows.add_row(row["what"], f"{row['value']:,.4g}", row["unit"], share, row["ceiling"])
+    return rows
+
+
+def save(result: dict[str, Any], folder: Path) -> Path:
+    """Write JSON and the table to files named after the date. Returns the path of the JSON."""
     path = folder / f"bench-{result['date'][:16].replace(':', '-')}.json"
     write_json(path, result)
-    with path.with_suffix(".txt").open("w", encoding="utf-8") as file:
-        Console(file=file, width=110).print(table)
+    with replacing(path.with_suffix(".txt")) as partial, partial.open("w", encoding="utf-8") as file:
+        Console(file=file, width=110).print(table(result))
     return path
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from dalle.checkpoint import read_json, write_json
 from dalle.console import duration, say
 from dalle.errors import ConfigError
-from dalle.pipeline import codes_of
+from dalle.pipeline import codec_of
 from dalle.report import judge_and_report
 from dalle.runs import Options, begun
 from dalle.states import newest_step
@@ -44,7 +44,7 @@ def demo(run: Path, minutes: float) -> bool:
         return False
     left = (deadline - time.monotonic()) / 60
     options = _options(run, "prior", min(left, PRIOR_SHARE * minutes))
-    if not train_prior(options, codes_of(run), preset=PRESET, data=DATA):
+    if not train_prior(options, codec_of(run), preset=PRESET, data=DATA):
         return False
     judge_and_report(run, PROMPTS, f"dalle demo --minutes {minutes:g}", run)
     return True

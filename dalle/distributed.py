@@ -22,7 +22,8 @@ from dalle.console import console
 from dalle.errors import ConfigError
 from dalle.launch import STORE, die_with_parent, launched
 
-PATIENCE = timedelta(days=1)  # with one that reads a long list of captions; a dead one is noticed at once
+# How long the others wait for process 0 to read a long list of captions; a death is noticed at once.
+PATIENCE = timedelta(days=1)
 
 
 class Part(NamedTuple):
@@ -275,8 +276,9 @@ def with_machines(here: Topology) -> Topology:
     return replace(here, within=within[machine], between=between[number])
 
 
-def _find_master(environ: Any = os.environ) -> None:
+def _find_master() -> None:
     """Under Slurm the first machine of the job is where all meet, unless MASTER_ADDR says otherwise."""
+    environ = os.environ
     if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
         return
     if "SLURM_JOB_NODELIST" not in environ:

@@ -27,7 +27,7 @@ def paper_rank(width: int) -> int:
 
 
 class Matrix:
-    """A matrix so far as a process' share of its parameter holds whole rows of it.
+    """The whole rows of a matrix that lie in this process' share of its parameter.
 
     Args:
         name: of the parameter.
@@ -82,7 +82,7 @@ class Matrix:
 def compressed(
     name: str, shape: tuple[int, ...], offset: int, numel: int, total_rank: int, stacked: int
 ) -> list[Matrix]:
-    """What is compressed of a process' share of a parameter, in its order: what that saves numbers of.
+    """The matrices in a process' share of a parameter that compression makes smaller, in their order.
 
     Args:
         name: of the parameter.

@@ -1,7 +1,7 @@
 """Muon: matrices move along their mean gradient made orthogonal, by which all its directions count alike.
 
 A gradient's mean has a few strong directions, which decide the loss least, and many weak ones. Every
-other parameter stays AdamW's. A small prior reaches a loss after half as many updates (docs/log.md).
+other parameter stays AdamW's. A small prior reaches the same loss in half as many updates (docs/log.md).
 
 Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks". Not the paper's.
 """

@@ -15,6 +15,7 @@ from torch import Tensor
 from dalle.checkpoint import replacing
 
 GAP = 2  # pixels between the cells of a grid
+COLUMNS = 4  # of a contact sheet
 
 
 def to_images(pixels: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
@@ -39,7 +40,7 @@ def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     return sheet
 
 
-def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 4) -> Image.Image:
+def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
     """Pictures with their captions below, enlarged to at least 128 pixels so that the words fit."""
     side = max(128, pictures[0].width)
     font = ImageFont.load_default(size=max(11, side // 12))
@@ -47,7 +48,7 @@ def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str], colu
     texts = ["\n".join(textwrap.wrap(c, letters)[:3]) or " " for c in captions]
     line = sum(font.getmetrics()) + 2  # type: ignore[union-attr]  # Pillow's own font is a FreeType one
     below = max(text.count("\n") + 1 for text in texts) * line + 6
-    columns = min(columns, len(pictures))
+    columns = min(COLUMNS, len(pictures))
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (side + 8) + 8, rows * (side + below + 8) + 8), "white")
     draw = ImageDraw.Draw(sheet)

@@ -19,7 +19,7 @@ from dalle.pictures import to_images
 from dalle.precision import Precision, best_device, choose, set_up
 from dalle.text import Tokenizer, cut_or_pad
 from stage1_dvae.model import DVAE
-from stage2_prior.codes import Codes
+from stage2_prior.codec import Codec
 from stage2_prior.decode import Decoder, Text
 from stage2_prior.grow import Coarse
 from stage2_prior.linear import Weights
@@ -274,7 +274,7 @@ def _numbers(training: Any, path: Path) -> dict[str, float]:
     return {name: float(found[name]) for name in neutral}
 
 
-def codes_of(run: Path) -> Codes:
+def codec_of(run: Path) -> Codec:
     """The trained dVAE of a run as the prior's training wants it.
 
     Raises:
@@ -283,7 +283,7 @@ def codes_of(run: Path) -> Codes:
     _refuse_untrained(run, "dvae")
     dvae = DVAE.load(run / "dvae", best_device()).for_speed()
     config = dvae.config
-    return Codes(
+    return Codec(
         config.image_size, config.grid, config.vocab_size, dvae.encode, dvae.decode, dvae.codebook(),
         fingerprint_of(run),
     )  # fmt: skip
@@ -296,11 +296,11 @@ def coarse_of(run: Path) -> Coarse:
         CheckpointError: it lacks a stage, is damaged, or its prior was trained on another dVAE or tokenizer.
     """
     run = find_run(run)
-    codes = codes_of(run)
+    codec = codec_of(run)
     _refuse_untrained(run, "prior")
     _, tokenizer = _fitting(run)
     weights = run / "prior" / "weights.safetensors"
-    return Coarse(Prior.load(run / "prior"), codes, tokenizer, fingerprint(weights))
+    return Coarse(Prior.load(run / "prior"), codec, tokenizer, fingerprint(weights))
 
 
 def _refuse_untrained(run: Path, *stages: str) -> None:

@@ -42,9 +42,9 @@ def choose(precision: Precision, device: torch.device) -> Arithmetic:
     """Resolve `auto`, and refuse what the device cannot do.
 
     On a CPU the answer is measured, because torch reports bf16 support on machines that emulate it
-    many times slower than fp32: 512³ products in both types by one thread, as handing work over would
-    hide how fast bf16 is; a quarter of a second at worst. CPUs are known whose products are a third as fast
-    in it, 2.1 and 4.5 times as fast; at 2.1 training is 1.4 to 1.7 times as fast, so 1.5 tells them apart.
+    many times slower than fp32: 512³ products in both types on one thread, since sharing them out would
+    hide the difference; a quarter of a second at worst. CPUs measured so far make them a third as fast in
+    bf16 as in fp32, 2.1 and 4.5 times as fast; at 2.1 training is 1.4 to 1.7 times as fast: hence `WORTH`.
     """
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -22,10 +22,10 @@ SAME = 0.5  # seconds in which a second signal is the first one again
 
 
 def suit_computing() -> None:
-    """Settings of a command's process that halve a training step on a CPU; its threads inherit them.
+    """Settings of a command's process, and of its threads, that halve the time of a training step on a CPU.
 
     Numbers below 1e-38 become 0: sharp softmaxes are full of them, and each takes a hundred times as long as
-    another. And glibc keeps freed tensors for the next step instead of returning them to the system each
+    any other. And glibc keeps freed tensors for the next step instead of returning them to the system each
     time, or a tenth to a third of a step would be page faults, in drawing as in training; all threads share
     one heap, because those of threads are returned regardless. Without glibc it leaves out the latter.
     """

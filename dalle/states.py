@@ -202,7 +202,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Wait for the last state; after an error only where no process that died could be waited for."""
+        """Wait for the last state; after an error only if alone: its writing may wait for a dead process."""
         if error is None:
             self.wait()
         elif self._thread is not None and self.topology.world == 1:

@@ -48,16 +48,14 @@ class Training:
     )
     seed: int = setting(0, "decides the weights at the start, the order of the data and all noise")
     heldout: float = setting(0.02, "share of the data kept for evaluation where it names no split")
-    workers: int = setting(
-        1, "processes that read and prepare pictures for each that trains; 0: that one itself"
-    )
+    workers: int = setting(1, "processes that read ahead for each one that trains; 0: it reads by itself")
     zero: int = setting(
         1,
         "what several processes partition: 1 the moments, 2 gradients too, 3 weights too; 0 nothing",
         paper="3 within each machine (App. E)",
     )
     offload: Literal["none", "cpu"] = setting(
-        "none", "cpu: with zero of 1 to 3, moments and fp32 weights stay in main memory and change there"
+        "none", "cpu: with ZeRO 1 to 3, moments and fp32 weights are kept and updated in main memory"
     )
     log_every: int = setting(10, "updates between two lines of metrics.jsonl")
     eval_every: int = setting(500, "updates between two evaluations on held-out data")
@@ -76,10 +74,6 @@ class Training:
         require(self, "be at least 0 and below 1", lambda v: 0 <= v < 1, *shares)
         require(self, "be above 0", lambda v: v > 0, "lr")
         require(self, "be above 0; clip=none sets no limit", lambda v: v is None or v > 0, "clip")
-        if self.micro_batch and self.batch_size % self.micro_batch:
-            raise ConfigError(
-                f"batch_size={self.batch_size} must be a multiple of micro_batch={self.micro_batch}"
-            )
         require(self, "be 0, 1, 2 or 3", lambda v: v in range(4), "zero")
 
     def micro_batches(self, processes: int) -> int:
@@ -108,7 +102,7 @@ class LargeTraining(Training):
 
     optimizer: Literal["adamw", "muon"] = setting(
         "adamw",
-        "of the resblocks' matrices; muon: along their mean gradient made orthogonal, for small models",
+        "of the resblocks' matrices; muon: steps along their orthogonalised momentum, for small models",
         paper="AdamW",
     )
     muon_lr: float = setting(0.01, "peak step size of the matrices with optimizer=muon", paper="no muon")

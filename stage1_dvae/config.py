@@ -86,7 +86,9 @@ class DVAETraining(Training):
     tau: float = setting(1 / 16, "temperature at the end of its cosine", paper="1/16")
     tau_steps: int = setting(150_000, "updates over which tau falls", paper="150,000")
     usage_weight: float = setting(
-        0.0, "weight, per position as beta's, of pulling the mean posterior to uniform", paper="no such term"
+        0.0,
+        "weight, per position like beta, of the term that pulls a batch's mean posterior to uniform",
+        paper="no such term",
     )
     start: Literal["random", "patches"] = setting(
         "random",

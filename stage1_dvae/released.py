@@ -52,25 +52,23 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 def read_released(encoder: Path, decoder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of the two files: see `read_pickle`. Raises `CheckpointError` if they are swapped, too."""
-    return _read(encoder, ENCODER), _read(decoder, DECODER)
+    return read_pickle(encoder, ENCODER), read_pickle(decoder, DECODER)
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: Path, expected: str) -> dict[str, Tensor]:
     """The tensors of one released file by name, `blocks.input.w` …, fp32 and contiguous on the CPU.
 
+    Args:
+        expected: what it is a pickle of, `ENCODER` or `DECODER`.
+
     Raises:
-        CheckpointError: if the file is missing, or is anything but a pickled encoder or decoder.
+        CheckpointError: if the file is missing, or holds anything else.
     """
-    return _read(path, ENCODER, DECODER)
-
-
-def _read(path: Path, *expected: str) -> dict[str, Tensor]:
-    wanted = " or ".join(expected)
     try:
         root, storages = _unpickle(path)
         found = root.name if isinstance(root, StandIn) else type(root).__name__
-        if found not in expected:
-            raise CheckpointError(f"{path}: holds {found}, expected {wanted}")
+        if found != expected:
+            raise CheckpointError(f"{path}: holds {found}, expected {expected}")
         tensors = {name: _tensor(value, storages) for name, value in _parameters(root)}
     except CheckpointError:
         raise
@@ -79,13 +77,13 @@ def _read(path: Path, *expected: str) -> dict[str, Tensor]:
     except Exception as error:  # damaged bytes can fail in any way
         raise CheckpointError(
             f"{path}: not a file that torch saved, or a damaged one ({type(error).__name__}); "
-            f"expected a pickled {wanted}"
+            f"expected a pickled {expected}"
         ) from error
     strange = [name for name in tensors if not NAME.fullmatch(name)]
     missing = {"blocks.input.w", "blocks.output.conv.w"} - tensors.keys()
     if strange or missing:
         fault = f"has a parameter {strange[0]!r}" if strange else f"has no {min(missing)!r}"
-        raise CheckpointError(f"{path}: {fault}, unlike the released {wanted}")
+        raise CheckpointError(f"{path}: {fault}, unlike the released {expected}")
     return tensors
 
 

@@ -14,18 +14,18 @@ from dalle.data.open import open_source
 from dalle.errors import ConfigError
 from dalle.pictures import to_pixels
 from dalle.text import Tokenizer
-from stage2_prior.codes import Codes
+from stage2_prior.codec import Codec
 from stage2_prior.config import PriorTraining
 from stage2_prior.loss import losses, weighted
 from stage2_prior.model import Prior
 from stage2_prior.train import prepare_plainly
 
 
-def audit(folder: Path, codes: Codes, batches: int, data: str | None = None) -> dict[str, Any]:
+def audit(folder: Path, codec: Codec, batches: int, data: str | None = None) -> dict[str, Any]:
     """Run backward passes of the prior in `folder` (R/prior) in fp32 and count its gradients.
 
     Args:
-        codes: of the dVAE that it was trained on.
+        codec: the dVAE that it was trained on.
         batches: how many, each of as many pictures as training passes through the model at once.
         data: in place of the run's.
 
@@ -38,22 +38,22 @@ def audit(folder: Path, codes: Codes, batches: int, data: str | None = None) -> 
     path = folder / "config.json"
     saved = read_json(path)
     training = from_json(PriorTraining, saved.get("training"), str(path))
-    if saved.get("dvae") != codes.fingerprint:
+    if saved.get("dvae") != codec.fingerprint:
         raise ConfigError(
             f"{folder} was trained on the dVAE {saved.get('dvae')}, the one there now is "
-            f"{codes.fingerprint}: put that one back"
+            f"{codec.fingerprint}: put that one back"
         )
-    model = Prior.load(folder, codes.vectors.device).requires_grad_()
+    model = Prior.load(folder, codec.vectors.device).requires_grad_()
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    source = open_source(saved["data"] if data is None else data, "train", codes.image_size, training.heldout)
-    size, words = codes.image_size, model.config.text_length - 1
+    source = open_source(saved["data"] if data is None else data, "train", codec.image_size, training.heldout)
+    size, words = codec.image_size, model.config.text_length - 1
     prepare = partial(prepare_plainly, tokenizer=tokenizer, size=size, words=words)
     together = training.pictures_at_once(1)
     loader = Loader(source, prepare, batch_size=together, seed=training.seed, min_side=size)
-    pixels, tokens = (t.to(codes.vectors.device) for t in loader.some(batches * together))
+    pixels, tokens = (t.to(codec.vectors.device) for t in loader.some(batches * together))
 
     def loss(part: slice) -> torch.Tensor:
-        seen = codes.encode(to_pixels(pixels[part])).flatten(1)
+        seen = codec.encode(to_pixels(pixels[part])).flatten(1)
         text, image = losses(model, tokens[part], seen)
         return weighted(text, image, training.text_weight)
 

@@ -73,7 +73,7 @@ class CodeVectors(nn.Module):
 
 
 def principal_components(vectors: Float[Tensor, "v c"], n: int) -> Float[Tensor, "v n"]:
-    """Of the first n, each vector's share; 0 for those that there are not."""
+    """Each vector's coordinates along the first n principal components; 0 where there are fewer."""
     centred = vectors - vectors.mean(0)
     directions = torch.linalg.svd(centred, full_matrices=False).Vh[:n]
     return nn.functional.pad(centred @ directions.t(), (0, n - len(directions)))

@@ -91,7 +91,9 @@ class PriorTraining(LargeTraining):
         "a space: a token of its own, or joined to the word after it (half as many tokens)",
         paper="alone (author's note)",
     )
-    bpe_captions: int = setting(200_000, "captions from which they are learned, at most", paper="not stated")
+    bpe_captions: int = setting(
+        200_000, "captions to learn the text tokens from, at most", paper="not stated"
+    )
     bpe_dropout: float = setting(0.1, "share of merges left out while training", paper="0.1")
     caption_dropout: float = setting(
         0.0, "share of pictures shown without their caption, which guidance needs", paper="none"
@@ -102,14 +104,14 @@ class PriorTraining(LargeTraining):
         paper="none",
     )
     guidance: float = setting(
-        1.0, "how far drawings go beyond their distribution to what the caption adds", paper="1"
+        1.0, "classifier-free guidance: beyond 1 drawings follow the caption more closely", paper="1"
     )
     top_p: float = setting(
         1.0, "drawings keep to the likeliest codes that together reach this probability", paper="1"
     )
     image_start: Literal["random", "codebook"] = setting(
         "random",
-        "image tokens at the start: random, or alike where the dVAE's codebook is",
+        "embeddings of codes at the start: random, or alike where the dVAE's codebook vectors are",
         paper="not stated",
     )
     recompute: bool = setting(

@@ -82,7 +82,7 @@ class Decoder:
         self.threads = self._fastest_threads()
 
     def _fastest_threads(self) -> int:
-        """With how many a step takes least, tried: to wake a second one takes longer than small products.
+        """How many make a step fastest, found by trying: to wake another may take longer than its work.
 
         All tries count, not the best one: where others use the cores, threads mostly wait for each other.
         """

@@ -125,8 +125,8 @@ def _try(
     batch: int,
     recompute: bool,
     precision: Arithmetic,
-    attention: Backend = "auto",
-    halved: bool = False,
+    attention: Backend,
+    halved: bool,
 ) -> Footprint:
     with torch.device("meta"):
         model = Prior(config)

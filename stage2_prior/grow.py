@@ -17,7 +17,7 @@ from dalle.errors import ConfigError
 from dalle.pictures import to_pixels
 from dalle.text import Tokenizer
 from dalle.zero import whole
-from stage2_prior.codes import Codes
+from stage2_prior.codec import Codec
 from stage2_prior.config import PriorConfig
 from stage2_prior.model import CodeTables, Prior
 
@@ -31,11 +31,11 @@ class Coarse:
     """A trained prior, its dVAE and its tokenizer; `fingerprint` names its weights."""
 
     prior: Prior
-    codes: Codes
+    codec: Codec
     tokenizer: Tokenizer
     fingerprint: str
 
-    def check(self, model: PriorConfig, codes: Codes) -> None:
+    def check(self, model: PriorConfig, codec: Codec) -> None:
         """Can a prior of this shape, over these codes, begin with this one?
 
         Raises:
@@ -49,28 +49,25 @@ class Coarse:
                     f"--grow-from: that prior has {name}={its}, the new one {name}={wanted}: "
                     f"--set {name}={its}"
                 )
-        if self.codes.image_size != codes.image_size:
+        if self.codec.image_size != codec.image_size:
             raise ConfigError(
-                f"--grow-from: that prior's pictures have {self.codes.image_size} pixels per side, the new "
-                f"one's {codes.image_size}: train a dVAE of the same image_size"
+                f"--grow-from: that prior's pictures have {self.codec.image_size} pixels per side, the new "
+                f"one's {codec.image_size}: train a dVAE of the same image_size"
             )
-        if codes.grid % mine.grid:
+        if codec.grid % mine.grid:
             raise ConfigError(
-                f"--grow-from: {mine.grid} codes per side do not divide the new one's {codes.grid}: train a "
+                f"--grow-from: {mine.grid} codes per side do not divide the new one's {codec.grid}: train a "
                 f"dVAE whose codes are a whole number of times finer"
             )
 
 
 @torch.no_grad()
-def grow(fine: Prior, coarse: Coarse, codes: Codes, pictures: UInt8[Tensor, "n 3 h w"]) -> None:
-    """Let `fine`, a prior over `codes`, begin with `coarse`; codes that none of the pictures show begin at 0.
+def grow(fine: Prior, coarse: Coarse, codec: Codec, pictures: UInt8[Tensor, "n 3 h w"]) -> None:
+    """Let `fine`, a prior over the codes of `codec`, begin with `coarse`, which fits it (see `Coarse.check`).
 
-    Code vectors keep their start and add nothing to the tables before they have learned.
-
-    Raises:
-        ConfigError: see `Coarse.check`.
+    Codes that none of the pictures show begin at 0. Code vectors keep their start and add nothing to the
+    tables before they have learned.
     """
-    coarse.check(fine.config, codes)
     learned = dict(coarse.prior.named_parameters())
     for name, parameter in fine.named_parameters():
         if name.split(".")[0] not in OF_CODES:
@@ -80,11 +77,11 @@ def grow(fine: Prior, coarse: Coarse, codes: Codes, pictures: UInt8[Tensor, "n 3
     _put(fine.columns.weight, coarse.prior.columns.weight.repeat_interleave(times, 0))
 
     tables = coarse.prior.code_tables()
-    sums = CodeTables(*(torch.zeros(codes.vocab_size, fine.config.width) for _ in tables))
-    shown = torch.zeros(codes.vocab_size)
+    sums = CodeTables(*(torch.zeros(codec.vocab_size, fine.config.width) for _ in tables))
+    shown = torch.zeros(codec.vocab_size)
     for some in pictures.split(AT_ONCE):
-        of_fine, of_coarse = _in_the_same_place(codes, coarse.codes, to_pixels(some))
-        shown += torch.bincount(of_fine, minlength=codes.vocab_size)
+        of_fine, of_coarse = _in_the_same_place(codec, coarse.codec, to_pixels(some))
+        shown += torch.bincount(of_fine, minlength=codec.vocab_size)
         for total, table in zip(sums, tables, strict=True):
             total.index_add_(0, of_fine, table.cpu()[of_coarse])
     embedding, head = (total / shown.clamp_min(1)[:, None] for total in sums)
@@ -104,7 +101,7 @@ def _put(parameter: Tensor, values: Tensor) -> None:
 
 
 def _in_the_same_place(
-    fine: Codes, coarse: Codes, pixels: Float[Tensor, "b 3 h w"]
+    fine: Codec, coarse: Codec, pixels: Float[Tensor, "b 3 h w"]
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
     """Every fine code of the pictures, and the coarse one around it."""
     of_fine, of_coarse = fine.encode(pixels).cpu(), coarse.encode(pixels).cpu()

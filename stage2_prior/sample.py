@@ -22,9 +22,10 @@ COLD = 1e-6  # below this temperature logits over it overflow, and the likeliest
 class Sampling:
     """How a code is drawn from its distribution. The paper draws with temperature 1 and no cuts (§3.1).
 
-    Guidance g makes the logits u + g·(c − u), c those given the caption and u those given none (Ho and
-    Salimans 2021, arXiv:2207.12598): beyond 1 what the caption asks for counts more. The paper has none.
-    For top_p and guidance None stands for the run's own (see `TextToImage.resolve`); 1 does nothing.
+    Classifier-free guidance g makes the logits u + g·(c − u), c those given the caption and u those given
+    none (Ho and Salimans 2021, arXiv:2207.12598): beyond 1 what the caption asks for counts more. The paper
+    has none. For top_p and guidance None stands for the run's own (see `TextToImage.resolve`), and 1 does
+    nothing.
     """
 
     temperature: float = 1.0  # 0: always the most probable code

@@ -1,6 +1,6 @@
 """Training the prior: what the loop is told, from top to bottom.
 
-The dVAE comes as `Codes`: this stage knows nothing else of the other.
+The dVAE comes as a `Codec`: this stage knows nothing else of the other.
 """
 
 import math
@@ -35,7 +35,7 @@ from dalle.training import Batch, Session, alone, fit
 from dalle.wiring import build, make_engine, make_loader, partitioned, precision_of, processes_used, to_device
 from dalle.zero import whole
 from stage2_prior import backends
-from stage2_prior.codes import Codes
+from stage2_prior.codec import Codec
 from stage2_prior.config import PRESETS, Backend, PriorTraining
 from stage2_prior.decode import Decoder
 from stage2_prior.flops import matrix_flops
@@ -54,8 +54,8 @@ SCENE_PROMPTS = (
 )  # fmt: skip
 
 
-def resolve(options: Options, codes: Codes, *, preset: str, data: str) -> StageRun:
-    """What `train` would do for these options, in a run whose dVAE gives `codes`.
+def resolve(options: Options, codec: Codec, *, preset: str, data: str) -> StageRun:
+    """What `train` would do for these options, in a run whose dVAE is `codec`.
 
     Args:
         preset: the one to start from where the options name none.
@@ -68,16 +68,16 @@ def resolve(options: Options, codes: Codes, *, preset: str, data: str) -> StageR
     model = run.model
     if run.resumed:
         begun_on = read_json(run.folder / "config.json").get("dvae")
-        if begun_on != codes.fingerprint:
+        if begun_on != codec.fingerprint:
             raise ConfigError(
-                f"{run.folder} was begun on the dVAE {begun_on}, the one there now is {codes.fingerprint}: "
+                f"{run.folder} was begun on the dVAE {begun_on}, the one there now is {codec.fingerprint}: "
                 "put that one back, or use another --run"
             )
         return run
-    return replace(run, model=replace(model, grid=codes.grid, image_vocab=codes.vocab_size))
+    return replace(run, model=replace(model, grid=codec.grid, image_vocab=codec.vocab_size))
 
 
-def train(options: Options, codes: Codes, *, preset: str, data: str, coarse: Coarse | None = None) -> bool:
+def train(options: Options, codec: Codec, *, preset: str, data: str, coarse: Coarse | None = None) -> bool:
     """Train the prior of a run, or continue it. True when all its steps are made.
 
     Args:
@@ -87,7 +87,7 @@ def train(options: Options, codes: Codes, *, preset: str, data: str, coarse: Coa
         DalleError: settings, data or a run folder that cannot be used.
     """
     with alone(options.run / "prior", topology()):
-        session = prepare(options, codes, preset=preset, data=data, coarse=coarse)
+        session = prepare(options, codec, preset=preset, data=data, coarse=coarse)
         done = fit(session)
     assert isinstance(session.task, Stage2)
     session.task.warn_of_cuts()
@@ -95,16 +95,18 @@ def train(options: Options, codes: Codes, *, preset: str, data: str, coarse: Coa
 
 
 def prepare(
-    options: Options, codes: Codes, *, preset: str, data: str, coarse: Coarse | None = None
+    options: Options, codec: Codec, *, preset: str, data: str, coarse: Coarse | None = None
 ) -> Session:
     """All that trains the prior of a run; see `train`."""
     suit_computing()
-    run = resolve(options, codes, preset=preset, data=data)
-    grown_from = _grown_from(run, codes, coarse)
+    run = resolve(options, codec, preset=preset, data=data)
+    if coarse is not None and not run.resumed:
+        coarse.check(run.model, codec)
+    began_with = _began_with(run, coarse)
     device, here = best_device(), topology()
     precision = precision_of(run.training)
 
-    source, unseen = run.sources(codes.image_size)
+    source, unseen = run.sources(codec.image_size)
     with here.main_first():
         tokenizer = _tokenizer(run, source, coarse)
     attention = here.share(_attention(run, device, precision))
@@ -112,21 +114,21 @@ def prepare(
     run = replace(run, model=replace(run.model, text_vocab=tokenizer.vocab_size), training=config)
     words = run.model.text_length - 1
     prepared = partial(
-        _prepare, tokenizer=tokenizer, size=codes.image_size, words=words,
-        cells=codes.grid**2, dropout=config.bpe_dropout, left_out=config.caption_dropout,
-        hide=config.code_dropout,
+        _prepare, tokenizer=tokenizer, size=codec.image_size, words=words,
+        cells=codec.grid**2, bpe_dropout=config.bpe_dropout, caption_dropout=config.caption_dropout,
+        code_dropout=config.code_dropout,
     )  # fmt: skip
-    loader = make_loader(source, prepared, config, codes.image_size)
-    centre = partial(prepare_plainly, tokenizer=tokenizer, size=codes.image_size, words=words)
+    loader = make_loader(source, prepared, config, codec.image_size)
+    centre = partial(prepare_plainly, tokenizer=tokenizer, size=codec.image_size, words=words)
 
     def some(of: Source, n: int) -> tuple[Tensor, ...]:
-        reader = Loader(of, centre, batch_size=1, seed=HELDOUT_SEED, min_side=codes.image_size)
+        reader = Loader(of, centre, batch_size=1, seed=HELDOUT_SEED, min_side=codec.image_size)
         found = reader.some(n)
         loader.skipped |= reader.skipped
         return found
 
     heldout = tuple(t.to(device) for t in some(unseen, config.eval_pictures))
-    model = _model(run, codes, coarse, lambda: some(source, PICTURES)[0].to(device))
+    model = _model(run, codec, coarse, lambda: some(source, PICTURES)[0].to(device))
     engine = make_engine(
         model, config, precision, variance_limit=config.variance_limit, matrices=model.matrices(),
     )  # fmt: skip
@@ -137,22 +139,23 @@ def prepare(
         f"{precision}, {attention} attention{processes_used(config)}"
     )
     prompts = list(SCENE_PROMPTS) if run.data == "scenes" else _captions(unseen, SHOWN)
-    stage = Stage2(model, run, codes, tokenizer, heldout, prompts, precision)
-    write = partial(run.write, dvae=codes.fingerprint, tokenizer=tokenizer.fingerprint(), **grown_from)
+    stage = Stage2(model, run, codec, tokenizer, heldout, prompts, precision)
+    grown = {"grown_from": began_with} if began_with else {}
+    write = partial(run.write, dvae=codec.fingerprint, tokenizer=tokenizer.fingerprint(), **grown)
     return Session(stage, engine, loader, run.folder, here, run.budget(), write)
 
 
-def _model(run: StageRun, codes: Codes, coarse: Coarse | None, pictures: Callable[[], Tensor]) -> Prior:
+def _model(run: StageRun, codec: Codec, coarse: Coarse | None, pictures: Callable[[], Tensor]) -> Prior:
     """The prior as a new run begins; one that goes on loads its weights afterwards."""
     config: PriorTraining = run.training
     model = build(lambda: Prior(run.model), config)
     if config.image_start == "codebook":
         with whole(model.of_codes()):
-            model.start_from(codes.vectors, config.seed)
+            model.start_from(codec.vectors, config.seed)
     if coarse is not None and not run.resumed:
-        of, to = coarse.codes.grid, codes.grid
+        of, to = coarse.codec.grid, codec.grid
         say(f"prior: beginning with one over {of}×{of} codes, for {to}×{to}")
-        grow(model, coarse, codes, pictures())
+        grow(model, coarse, codec, pictures())
     to_device(model, config)
     # A partitioned layer would otherwise stay whole until its backward pass.
     model.recompute = config.recompute or partitioned(config)
@@ -167,18 +170,21 @@ def _attention(run: StageRun, device: torch.device, precision: Arithmetic) -> Ba
     return backends.choose(config.attention, run.model, min(pictures, TRIED), DTYPES[precision], device)
 
 
-def _grown_from(run: StageRun, codes: Codes, coarse: Coarse | None) -> dict[str, str]:
-    """What config.json tells of the prior that this one began with."""
-    began = read_json(run.folder / "config.json").get("grown_from") if run.resumed else None
-    if coarse is not None and not run.resumed:
-        coarse.check(run.model, codes)
-        began = coarse.fingerprint
+def _began_with(run: StageRun, coarse: Coarse | None) -> str | None:
+    """The fingerprint of the prior that this one begins, or began, with, if any.
+
+    Raises:
+        ConfigError: `coarse` is not the one that the run was begun with.
+    """
+    if not run.resumed:
+        return coarse.fingerprint if coarse else None
+    began: str | None = read_json(run.folder / "config.json").get("grown_from")
     if coarse is not None and began != coarse.fingerprint:
         raise ConfigError(
             f"{run.folder} was begun {f'with the prior {began}' if began else 'without another prior'}, "
             f"--grow-from names {coarse.fingerprint}: leave it out, or use another --run"
         )
-    return {"grown_from": began} if began else {}
+    return began
 
 
 def _tokenizer(run: StageRun, source: Source, coarse: Coarse | None) -> Tokenizer:
@@ -232,17 +238,17 @@ def _prepare(
     size: int,
     words: int,
     cells: int,
-    dropout: float,
-    left_out: float,
-    hide: float,
+    bpe_dropout: float,
+    caption_dropout: float,
+    code_dropout: float,
 ) -> tuple[Tensor, ...]:
     """Pixels, tokens, whether the caption was cut, and which codes no slot will see."""
     pixels = stage2_crop(sample.image, size, rng)
     caption = sample.captions[int(rng.integers(len(sample.captions)))]
-    tokens, was_cut = cut_or_pad(tokenizer.encode(caption, dropout=dropout, rng=rng), words)
-    if left_out and rng.random() < left_out:
+    tokens, was_cut = cut_or_pad(tokenizer.encode(caption, dropout=bpe_dropout, rng=rng), words)
+    if caption_dropout and rng.random() < caption_dropout:
         tokens[:] = NO_TOKEN
-    hidden = rng.random(cells) < hide if hide else np.zeros(cells, dtype=bool)
+    hidden = rng.random(cells) < code_dropout if code_dropout else np.zeros(cells, dtype=bool)
     return *map(torch.from_numpy, (pixels, tokens)), torch.tensor(was_cut), torch.from_numpy(hidden)
 
 
@@ -263,13 +269,13 @@ class Stage2:
         self,
         model: Prior,
         run: StageRun,
-        codes: Codes,
+        codec: Codec,
         tokenizer: Tokenizer,
         heldout: tuple[Tensor, ...],
         prompts: list[str],
         precision: Arithmetic,
     ) -> None:
-        self.model, self.run, self.codes, self.precision = model, run, codes, precision
+        self.model, self.run, self.codec, self.precision = model, run, codec, precision
         self.config: PriorTraining = run.training
         self.tokens_per_picture = run.model.length
         self.flops_per_picture = 3 * matrix_flops(run.model)  # the backward pass takes twice the forward's
@@ -282,7 +288,7 @@ class Stage2:
         self.cut, self.seen = torch.zeros_like(self.heldout_tokens[0, 0]), 0
         self.at_once = min(AT_ONCE, self.config.pictures_at_once(topology().world))
         self.heldout_codes = torch.cat([self.encode(part) for part in heldout[0].split(self.at_once)])
-        counts = torch.bincount(self.heldout_codes.flatten(), minlength=codes.vocab_size).double()
+        counts = torch.bincount(self.heldout_codes.flatten(), minlength=codec.vocab_size).double()
         p = counts[counts > 0] / counts.sum()
         self.unigram_entropy = float((p * -p.log()).sum())
         self.words = 0.0  # text tokens of a micro-batch, in the mean over the batch
@@ -296,7 +302,7 @@ class Stage2:
         Held-out pictures in the types of training's, or codes that decode alike would be taken for others.
         """
         with arithmetic(self.precision, pixels.device):
-            return self.codes.encode(to_pixels(pixels)).flatten(1)
+            return self.codec.encode(to_pixels(pixels)).flatten(1)
 
     def lr(self, step: int) -> float:
         """The step size."""
@@ -368,7 +374,7 @@ class Stage2:
         how = Sampling(top_p=self.config.top_p, guidance=self.config.guidance)
         text = read(decoder, self.prompt_tokens, how)
         drawn = torch.stack(list(draw(decoder, text, uniform, how)), 1)
-        pixels = self.codes.decode(drawn.reshape(-1, self.codes.grid, self.codes.grid))
+        pixels = self.codec.decode(drawn.reshape(-1, self.codec.grid, self.codec.grid))
         return contact_sheet(to_images(pixels), self.prompts)
 
     def state(self) -> dict[str, Any]:

@@ -256,11 +256,11 @@ def refused() -> dict[str, list[str]]:
     """At every stage: what is said of another model's state, and by each process of an infinity in one."""
     result = {}
     for zero in STAGES:
-        one = session(zero=zero)
+        one, said = session(zero=zero), []
         try:
             one.engine.load(Nothing())
         except CheckpointError as error:
-            said = [str(error)]
+            said.append(str(error))
         finish(one)
         one = session(zero=zero, sick=True)
         try:

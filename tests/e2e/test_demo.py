@@ -93,7 +93,7 @@ def test_the_prior_has_the_time_that_is_left(tmp_path, monkeypatch):
         return train
 
     monkeypatch.setattr(dalle.demo, "train_dvae", trained("dvae", 150.0))  # clustering took a while
-    monkeypatch.setattr(dalle.demo, "codes_of", lambda _: None)
+    monkeypatch.setattr(dalle.demo, "codec_of", lambda _: None)
     monkeypatch.setattr(dalle.demo, "train_prior", trained("prior", 1.0))
     monkeypatch.setattr(dalle.demo, "judge_and_report", lambda *_: None)
     assert demo(tmp_path, 10.0)

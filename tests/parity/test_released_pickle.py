@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dalle.errors import CheckpointError
-from stage1_dvae.released import read_pickle, read_released
+from stage1_dvae.released import ENCODER, read_pickle, read_released
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 SIZES = {"n_hid": 16, "n_blk_per_group": 1, "vocab_size": 67}
@@ -44,7 +44,7 @@ def files(request, tmp_path) -> tuple[Path, Path]:
 
 def refused(path: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
-        read_pickle(path)
+        read_pickle(path, ENCODER)
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
@@ -67,7 +67,7 @@ def test_tensors_that_share_a_storage_or_are_not_contiguous(tmp_path, zipped):
     net = dall_e.Encoder(**SIZES)
     net.to(memory_format=torch.channels_last)
     net.blocks.input.b.data = torch.arange(40.0)[7:39:2]
-    tensors = read_pickle(save(net, tmp_path / "encoder.pkl", zipped))
+    tensors = read_pickle(save(net, tmp_path / "encoder.pkl", zipped), ENCODER)
     assert tensors["blocks.input.b"].tolist() == list(range(7, 39, 2))
     for name, expected in net.state_dict().items():
         assert tensors[name].is_contiguous()
@@ -75,7 +75,7 @@ def test_tensors_that_share_a_storage_or_are_not_contiguous(tmp_path, zipped):
 
 
 def test_tensors_can_be_written(files):
-    tensors = read_pickle(files[0])
+    tensors = read_pickle(files[0], ENCODER)
     tensors["blocks.input.b"].zero_()  # not a view of read-only bytes
 
 

@@ -33,7 +33,7 @@ def small_ceiling(monkeypatch):
 
 def test_everything_is_measured_against_a_ceiling_of_the_same_run(tmp_path, small_ceiling):
     result = bench.bench(CASES)
-    path = bench.report(result, tmp_path / "new")
+    path = bench.save(result, tmp_path / "new")
     assert json.loads(path.read_text()) == result
     rows = {row["what"]: row for row in result["rows"]}
     for part in ("matrix products", "copy", SMALL, "training, prior, 6×", "training, dVAE",

@@ -292,12 +292,12 @@ def test_a_process_has_its_gpu_before_anything_is_put_onto_one(monkeypatch):
         order.append("joined")
         yield
 
-    def codes_of(_run):
+    def codec_of(_run):
         order.append("dVAE")
         raise CheckpointError("that will do")
 
     monkeypatch.setattr("dalle.distributed.joined", joined)
-    monkeypatch.setattr("dalle.pipeline.codes_of", codes_of)
+    monkeypatch.setattr("dalle.pipeline.codec_of", codec_of)
     with pytest.raises(CheckpointError, match="that will do"):
         train_prior()
     assert order == ["joined", "dVAE"]

@@ -110,7 +110,7 @@ def test_the_memory_of_a_training_step_is_as_predicted(recompute, attention):
 
 def test_deep_models_are_extended_from_shallow_ones():
     config = PriorConfig(**(PRIOR_SHAPE | {"depth": 12}))
-    direct = _try(config, 3, False, "fp32")
+    direct = _try(config, 3, False, "fp32", "auto", False)
     assert footprint(config, 3, False).whole == pytest.approx(direct.whole, rel=0.02)
     assert footprint(config, 3, False).partitioned == pytest.approx(direct.partitioned, rel=0.02)
 

@@ -17,7 +17,7 @@ from dalle.threads import Threads, using
 from stage2_prior import loss
 from stage2_prior.config import PRESETS, PriorTraining
 from stage2_prior.loss import losses, weighted
-from stage2_prior.train import Codes, Stage2, _prepare
+from stage2_prior.train import Codec, Stage2, _prepare
 from tests import oracles, tiny
 
 
@@ -160,7 +160,7 @@ def stage(tmp_path, model, precision="fp32", **settings) -> Stage2:
     training = PriorTraining(precision=precision, **settings)
     plan = StageRun(tmp_path, "tiny", "scenes", model.config, training, resumed=False)
     grid = model.config.grid
-    dvae = Codes(
+    dvae = Codec(
         16, grid, 13, lambda p: (p[:, 0, :grid, :grid] * 12).round().long(), lambda c: c, torch.eye(13), "0"
     )
     words = tiny.tokenizer()
@@ -191,7 +191,7 @@ def test_a_picture_has_the_same_codes_in_training_and_held_out(tmp_path):
         types.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
         return torch.zeros(len(pixels), 4, 4, dtype=torch.long)
 
-    task.codes.encode = encode
+    task.codec.encode = encode
     pixels = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
     task.encode(pixels)
     with arithmetic("bf16", torch.device("cpu")):
@@ -242,9 +242,9 @@ def test_captions_are_left_out_as_often_as_asked():
             size=16,
             words=99,
             cells=16,
-            dropout=0.1,
-            left_out=left_out,
-            hide=0.0,
+            bpe_dropout=0.1,
+            caption_dropout=left_out,
+            code_dropout=0.0,
         )
         assert not cut
         assert not hidden.any()
@@ -259,11 +259,11 @@ def test_captions_are_left_out_as_often_as_asked():
 
 
 def test_codes_are_hidden_as_often_as_asked():
-    how = {"size": 16, "words": 99, "cells": 1000, "dropout": 0.0, "left_out": 0.0}
+    how = {"size": 16, "words": 99, "cells": 1000, "bpe_dropout": 0.0, "caption_dropout": 0.0}
 
     def hidden(i: int, share: float) -> torch.Tensor:
         sample = Scenes("train", 16)[i]
-        return _prepare(sample, np.random.default_rng(i), tiny.tokenizer(), **how, hide=share)[3]
+        return _prepare(sample, np.random.default_rng(i), tiny.tokenizer(), **how, code_dropout=share)[3]
 
     assert abs(hidden(0, 0.2).float().mean() - 0.2) < 4 * (0.2 * 0.8 / 1000) ** 0.5
     assert torch.equal(hidden(0, 0.2), hidden(0, 0.2))

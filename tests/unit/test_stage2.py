@@ -13,11 +13,11 @@ from PIL import Image
 from dalle.data.source import BadSample, Sample
 from dalle.errors import ConfigError
 from dalle.metrics import read_metrics
-from dalle.pipeline import codes_of
+from dalle.pipeline import codec_of
 from dalle.runs import Options, StageRun
 from dalle.text import NO_TOKEN, cut_or_pad, normalise
 from dalle.training import fit as train
-from stage2_prior.codes import Codes
+from stage2_prior.codec import Codec
 from stage2_prior.config import PRESETS, PriorTraining
 from stage2_prior.loss import losses, weighted
 from stage2_prior.sample import Sampling, noise
@@ -51,7 +51,7 @@ def pictures_of(codes: torch.Tensor) -> torch.Tensor:
 def stage(folder, training: PriorTraining = PAPER, codes: torch.Tensor | None = None) -> Stage2:
     words, model = tiny.tokenizer(), tiny.prior(text_vocab=280)
     plan = StageRun(folder / "prior", "paper", "scenes", model.config, training, resumed=False)
-    dvae = Codes(
+    dvae = Codec(
         16, 4, 13, lambda p: (p[:, 0, :4, :4] * 12).round().long(),
         lambda c: (c / 12)[:, None].expand(-1, 3, -1, -1), torch.eye(13), "0",
     )  # fmt: skip
@@ -148,8 +148,8 @@ def test_held_out_losses_do_not_depend_on_how_many_pictures_are_taken_at_once(tm
 def test_drawings_of_an_evaluation_follow_the_runs_guidance_and_top_p(tmp_path, guidance, top_p):
     training = dataclasses.replace(PAPER, caption_dropout=0.1, guidance=guidance, top_p=top_p, seed=4)
     task, decoded = stage(tmp_path, training), []
-    decode = task.codes.decode
-    task.codes.decode = lambda codes: (decoded.append(codes), decode(codes))[1]
+    decode = task.codec.decode
+    task.codec.decode = lambda codes: (decoded.append(codes), decode(codes))[1]
     task.drawings()
     uniform, drawn = noise(4, range(1), 16), {}
     for how in (Sampling(), Sampling(top_p=top_p, guidance=guidance)):
@@ -178,13 +178,13 @@ def test_captions_that_were_cut_are_counted_and_told(tmp_path, capsys):
 
 CAPTIONS = ("A Red circle", "the BLUE star, left", "a café\u0301 of the square")
 SAMPLE = Sample(Image.new("RGB", (20, 24)), CAPTIONS, "0")
-HOW = {"size": 16, "words": 60, "cells": 16, "left_out": 0.0, "hide": 0.0}
+HOW = {"size": 16, "words": 60, "cells": 16, "caption_dropout": 0.0, "code_dropout": 0.0}
 
 
 def test_what_is_trained_on_are_the_words_of_each_of_the_captions():
     words, read = tiny.tokenizer(), []
     for seed in range(40):
-        _, tokens, cut, _ = _prepare(SAMPLE, np.random.default_rng(seed), words, **HOW, dropout=0.0)
+        _, tokens, cut, _ = _prepare(SAMPLE, np.random.default_rng(seed), words, **HOW, bpe_dropout=0.0)
         read.append(words.decode(tokens.tolist()))
         assert [token for token in tokens.tolist() if token != NO_TOKEN] == words.encode(read[-1])
         assert not cut
@@ -197,7 +197,7 @@ def test_pictures_are_cropped_at_random_in_training_and_in_the_middle_when_held_
     words, sample = tiny.tokenizer(), Sample(ramp, CAPTIONS, "0")
     trained, held = set(), set()
     for seed in range(20):
-        pixels, *_ = _prepare(sample, np.random.default_rng(seed), words, **HOW, dropout=0.0)
+        pixels, *_ = _prepare(sample, np.random.default_rng(seed), words, **HOW, bpe_dropout=0.0)
         trained.add(pixels.float().mean().item())
         held.add(prepare_plainly(sample, np.random.default_rng(seed), words, 16, 60)[0].float().mean().item())
     assert len(trained) > 5
@@ -207,7 +207,7 @@ def test_pictures_are_cropped_at_random_in_training_and_in_the_middle_when_held_
 def test_merges_are_left_out_in_training_and_the_words_are_the_same():
     words, tokens_of = tiny.tokenizer(), {}
     for seed in range(60):
-        _, tokens, _, _ = _prepare(SAMPLE, np.random.default_rng(seed), words, **HOW, dropout=0.3)
+        _, tokens, _, _ = _prepare(SAMPLE, np.random.default_rng(seed), words, **HOW, bpe_dropout=0.3)
         kept = tuple(token for token in tokens.tolist() if token != NO_TOKEN)
         tokens_of.setdefault(words.decode(kept), set()).add(kept)
     assert set(tokens_of) == {normalise(caption) for caption in CAPTIONS}
@@ -217,7 +217,9 @@ def test_merges_are_left_out_in_training_and_the_words_are_the_same():
 def test_a_caption_too_long_keeps_its_beginning_and_says_so():
     words = tiny.tokenizer()
     sample = Sample(SAMPLE.image, ("a red circle " * 9,), "0")
-    _, tokens, cut, _ = _prepare(sample, np.random.default_rng(0), words, **HOW | {"words": 5}, dropout=0.0)
+    _, tokens, cut, _ = _prepare(
+        sample, np.random.default_rng(0), words, **HOW | {"words": 5}, bpe_dropout=0.0
+    )
     assert tokens.tolist() == words.encode("a red circle " * 9)[:5]
     assert cut
 
@@ -284,7 +286,7 @@ def begun(folder, *settings: str):
         "precision=fp32", "attention=dense", "eval_pictures=1", "log_every=1", "heldout=0.1",
     )  # fmt: skip
     options = Options(folder / "run", str(folder / "data"), "tiny", 60, small + settings)
-    return prepare(options, codes_of(folder / "run"), preset="tiny", data="scenes")
+    return prepare(options, codec_of(folder / "run"), preset="tiny", data="scenes")
 
 
 def tokenizer_of(folder):
@@ -337,10 +339,10 @@ def test_a_run_is_not_continued_with_another_tokenizer(coloured):
     begun(coloured).write_config()
     (coloured / "run" / "prior" / "state" / "step-00000001").mkdir(parents=True)
     how = {"preset": "tiny", "data": "scenes"}
-    prepare(Options(coloured / "run"), codes_of(coloured / "run"), **how)
+    prepare(Options(coloured / "run"), codec_of(coloured / "run"), **how)
     tiny.tokenizer().save(coloured / "run" / "prior" / "tokenizer.json")
     with pytest.raises(ConfigError, match=r"was begun with the tokenizer \w{16}, .* put that one back"):
-        prepare(Options(coloured / "run"), codes_of(coloured / "run"), **how)
+        prepare(Options(coloured / "run"), codec_of(coloured / "run"), **how)
 
 
 @pytest.mark.parametrize(("setting", "limit"), [("none", None), ("3", 3.0)])
@@ -385,7 +387,7 @@ def test_one_batch_is_learned_by_heart(coloured, precision):
     session = begun(coloured, *settings, f"precision={precision}")
     assert session.engine.precision == precision
     codes = torch.randint(13, (4, 4, 4), generator=torch.Generator().manual_seed(0))
-    session.task.codes.encode = lambda _pixels: codes
+    session.task.codec.encode = lambda _pixels: codes
     assert train(session._replace(loader=Same(next(session.loader.batches(0, 1)))))
     lines = [line for line in read_metrics(coloured / "run" / "prior") if "loss" in line]
     assert lines[0]["image_loss"] > 2  # ln 13 is 2.56

@@ -19,7 +19,7 @@ from dalle.data.loader import Loader
 from dalle.data.source import BadSample, Sample
 from dalle.distributed import ALONE
 from dalle.engine import Engine
-from dalle.errors import CheckpointError, ConfigError
+from dalle.errors import CheckpointError
 from dalle.metrics import read_metrics
 from dalle.noise import keyed
 from dalle.optim import AdamW, Average
@@ -495,9 +495,3 @@ def test_the_folder_is_held_while_training_and_free_afterwards(tmp_path, monkeyp
         task.run()
     look(task)
     assert held == [7, 0]
-
-
-def test_micro_batches_must_divide_the_batch():
-    with pytest.raises(ConfigError, match="batch_size=4 must be a multiple of micro_batch=3"):
-        config(micro_batch=3)
-    assert config(micro_batch=0).micro_batches(1) == 1

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass(eq=False)
-class Codes:
+class Codec:
     """What makes codes of pictures and pictures of codes."""
 
     image_size: int  # pixels per side
