@@ -15,6 +15,7 @@ from rich.text import Text
 from dalle.budget import Budget, lasting
 from dalle.checkpoint import FORMAT, read_json, write_json
 from dalle.config import describe, from_json, keys, override, preset, to_json
+from dalle.console import say
 from dalle.data.open import located, open_splits
 from dalle.data.source import Source
 from dalle.errors import ConfigError, DataError
@@ -102,7 +103,8 @@ def resolve_run(
 
     A new run starts from a preset; its horizons (warm-up, cosines) scale with `steps` unless they are
     set. A run found in the folder is continued with its own configuration, of which only what cannot
-    change its course may be set anew. One that ended before it saved anything starts anew.
+    change its course may be set anew. One that ended before it saved anything starts anew, with the data and
+    the settings that it was begun with unless others are given.
 
     Raises:
         ConfigError: unknown names, values that cannot be, or a run found there that was started otherwise.
@@ -124,15 +126,23 @@ def resolve_run(
         )
     if begun(folder):
         return _continued(folder, replace(options, data=asked), settings, presets)
-    name = options.preset or default_preset
+    unsaved = _saved(folder, presets) if _describes_a_training(folder) else None
+    name = options.preset or (unsaved.preset if unsaved else default_preset)
+    data = asked or (unsaved.data if unsaved else default_data)
     model, training = preset(presets, name)
+    if unsaved and unsaved.preset == name:
+        say(f"{folder} was begun before and saved nothing: what is not given now is as it was then")
+        if minutes is None and "steps" not in keys(settings):
+            settings.append(f"steps={unsaved.training.steps}")
+        planned = {h: getattr(training, h) for h in ("steps", *HORIZONS) if hasattr(training, h)}
+        model, training = unsaved.model, replace(unsaved.training, **planned)
     sections = override({"model": model, "training": training}, settings)
     chosen = keys(settings)
     chosen_training: Training = sections["training"]
     spans = tuple(h for h in HORIZONS if hasattr(training, h) and h not in chosen)
     of_preset = replace(chosen_training, steps=training.steps)
     return StageRun(
-        folder, name, asked or default_data, sections["model"],
+        folder, name, data, sections["model"],
         lasting(of_preset, chosen_training.steps, spans),
         resumed=False, spans=spans, minutes=minutes,
     )  # fmt: skip
@@ -150,12 +160,28 @@ def _holds_a_model(folder: Path) -> bool:
     )
 
 
+def _describes_a_training(folder: Path) -> bool:
+    path = folder / "config.json"
+    return path.exists() and "training" in read_json(path)
+
+
+def _saved(folder: Path, presets: Mapping[str, tuple[Any, Any]]) -> StageRun:
+    """What config.json says that the run was begun with."""
+    path = folder / "config.json"
+    saved = read_json(path)
+    model_kind, training_kind = (type(section) for section in next(iter(presets.values())))
+    model = from_json(model_kind, saved.get("model"), str(path))
+    training = from_json(training_kind, saved["training"], str(path))
+    name, data = saved.get("preset"), saved.get("data")
+    if not isinstance(name, str) or not isinstance(data, str):
+        raise ConfigError(f"{path} does not name the preset and the data of its run")
+    return StageRun(folder, name, data, model, training, resumed=True)
+
+
 def _continued(
     folder: Path, options: Options, settings: Sequence[str], presets: Mapping[str, tuple[Any, Any]]
 ) -> StageRun:
-    path = folder / "config.json"
-    saved = read_json(path)
-    if "training" not in saved:
+    if not _describes_a_training(folder):
         raise ConfigError(
             f"{folder} holds an imported model without a training run; use another --run to train"
         )
@@ -163,11 +189,9 @@ def _continued(
         raise ConfigError(
             f"{folder} holds a trained model, but no training state to go on from: use another --run to train"
         )
-    model_kind, training_kind = (type(section) for section in next(iter(presets.values())))
-    model = from_json(model_kind, saved.get("model"), str(path))
-    training = from_json(training_kind, saved["training"], str(path))
-    sections = override({"model": model, "training": training}, settings)
-    for section, old in (("model", model), ("training", training)):
+    saved = _saved(folder, presets)
+    sections = override({"model": saved.model, "training": saved.training}, settings)
+    for section, old in (("model", saved.model), ("training", saved.training)):
         for field in dataclasses.fields(old):
             was, now = getattr(old, field.name), getattr(sections[section], field.name)
             if was != now and field.name not in CHANGEABLE:
@@ -175,19 +199,15 @@ def _continued(
                     f"{folder} was started with {field.name}={was}, not {now}: keep it, or use another --run"
                 )
     made, steps = newest_step(folder / "state"), sections["training"].steps
-    if steps < made and steps != training.steps:
+    if steps < made and steps != saved.training.steps:
         raise ConfigError(f"{folder} has {made:,} steps already: give --steps so many or more, not {steps}")
-    name, data = saved.get("preset"), saved.get("data")
-    if not isinstance(name, str) or not isinstance(data, str):
-        raise ConfigError(f"{path} does not name the preset and the data of its run")
-    moved = "" if data == "scenes" else f"; if they have only moved, change data in {path}"
+    moved = f"; if they have only moved, change data in {folder / 'config.json'}"
     for what, was, now, or_else in (
-        ("--preset", name, options.preset, ""), ("--data", located(data), options.data, moved)
-    ):  # fmt: skip
+        ("--preset", saved.preset, options.preset, ""),
+        ("--data", located(saved.data), options.data, "" if saved.data == "scenes" else moved),
+    ):
         if now is not None and now != was:
             raise ConfigError(
                 f"{folder} was started with {what} {was}, not {now}: keep it, or use another --run{or_else}"
             )
-    return StageRun(
-        folder, name, data, sections["model"], sections["training"], resumed=True, minutes=options.minutes
-    )
+    return replace(saved, model=sections["model"], training=sections["training"], minutes=options.minutes)

@@ -280,8 +280,19 @@ def test_a_run_whose_disk_filled_within_its_first_save_starts_anew(failing, star
 def test_a_run_that_saved_nothing_starts_anew(started):
     again = resolve(started, "batch_size=8", steps=300)
     assert not again.resumed
-    assert (again.data, again.training.batch_size, again.training.lr_steps) == ("scenes", 8, 270)
+    assert (again.data, again.training.batch_size, again.training.lr_steps) == ("/pictures", 8, 270)
+    assert resolve(started, data="scenes").data == "scenes"
     assert "lr_steps" in again.spans
+
+
+def test_a_run_that_saved_nothing_keeps_what_is_not_given_anew(tmp_path, capsys):
+    begun = resolve(tmp_path, "hidden=8", "lr=0.5", preset="large", data="/pictures", steps=500)
+    begun.write()
+    assert resolve(tmp_path) == begun
+    assert "was begun before and saved nothing" in capsys.readouterr().err
+    assert resolve(tmp_path, "lr=0.1").training == dataclasses.replace(begun.training, lr=0.1)
+    other = resolve(tmp_path, preset="tiny")
+    assert (other.data, other.model, other.training) == ("/pictures", MODEL, TRAINING)
 
 
 @pytest.mark.parametrize("kept", ["state/step-00000100/state.json", "weights.safetensors"])
