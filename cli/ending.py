@@ -26,7 +26,7 @@ def ending() -> Iterator[None]:
         _end(1)
     except Exception as error:
         if (mistake := _mistake(error)) is not None:
-            typer.echo(f"error: {' '.join(mistake.split())}", err=True)
+            typer.echo(f"error: {' '.join(line.strip() for line in mistake.splitlines())}", err=True)
             _end(2)
         _end_of_one_among_several(error)
         raise

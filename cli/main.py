@@ -193,7 +193,10 @@ def _show_without_dvae(options: Any) -> None:
     shown = resolve_run(options, "prior", PRESETS, default_preset=machine_preset())
     if not shown.resumed:
         dvae, _ = DVAE_PRESETS[shown.preset]
-        shown = replace(shown, model=replace(shown.model, grid=dvae.grid, image_vocab=dvae.vocab_size))
+        model = replace(
+            shown.model, grid=dvae.grid, image_vocab=dvae.vocab_size, text_vocab=shown.training.bpe_vocab
+        )
+        shown = replace(shown, model=model)
         say(f"{options.run} holds no trained dvae: grid and image_vocab are those of the preset's")
     shown.show()
 
@@ -229,7 +232,7 @@ def export(
     from dalle.export import export as write
 
     size = write(run, out)
-    say(f"{size / 1e6:.1f} MB in {out}; draw with it: dalle sample PROMPT --run {out}")
+    say(f"{size / 1e6:.1f} MB in {out}; draw with it: dalle sample PROMPT --run {quote(str(out))}")
 
 
 @app.command()
@@ -296,8 +299,10 @@ def sample(
 
 
 def _standard_input() -> list[str]:
-    """Its lines; what is not UTF-8 becomes a replacement character."""
-    return sys.stdin.buffer.read().decode("utf-8-sig", "replace").splitlines()
+    """Its lines, none where it is closed; what is not UTF-8 becomes a replacement character."""
+    from dalle.data.captions import lines
+
+    return [] if sys.stdin is None else lines(sys.stdin.buffer.read().decode("utf-8-sig", "replace"))
 
 
 @app.command()
@@ -339,7 +344,8 @@ def import_dvae(
     config = import_released(encoder, decoder, run / "dvae")
     shape = f"{config.image_size}×{config.image_size} pixels ↔ {config.grid}×{config.grid} codes"
     say(
-        f"imported into {run / 'dvae'}: {shape} of {config.vocab_size:,}; next: dalle train-prior --run {run}"
+        f"imported into {run / 'dvae'}: {shape} of {config.vocab_size:,}; next: "
+        f"dalle train-prior --run {quote(str(run))}"
     )
 
 

@@ -1,5 +1,6 @@
 """Options and arguments of the commands, with what `--help` says of them."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -7,11 +8,20 @@ import typer
 
 from dalle.errors import DalleError
 
+
+def _home(path: Path | None) -> Path | None:
+    """With ~ for the home directory, which no shell replaces in --run=~/mine."""
+    return None if path is None else Path(os.path.expanduser(path))
+
+
 # a run, and what it is trained with
-Run = Annotated[Path, typer.Option("--run", help="Run folder, which holds everything of one model.")]
+Run = Annotated[
+    Path,
+    typer.Option("--run", callback=_home, help="Run folder, which holds everything of one model."),
+]
 RunArgument = Annotated[Path, typer.Argument(help="Run folder.")]
 TRAINED = "Run folder, or scenes: the built-in model."
-TrainedRun = Annotated[Path, typer.Option("--run", help=TRAINED)]
+TrainedRun = Annotated[Path, typer.Option("--run", callback=_home, help=TRAINED)]
 TrainedRunArgument = Annotated[Path, typer.Argument(help=TRAINED)]
 KINDS = (
     "Pictures with captions: scenes (built in), a folder of images with .txt captions, a .jsonl, .csv or "
@@ -94,9 +104,10 @@ GrowFrom = Annotated[
     Path | None,
     typer.Option(
         "--grow-from",
-        help="Run folder of another model: the new prior begins with what that one's has learned. Its "
-        "pictures, depth and width must be the same, its codes a whole number of times coarser. scenes: the "
-        "built-in model.",
+        callback=_home,
+        help="Run folder of another model: the new prior begins with what that one's has learned, and has "
+        "its tokenizer. Size of pictures, text_length, depth, width and heads must be the same, the codes of "
+        "that one a whole number of times coarser. scenes: the built-in model.",
         show_default=False,
     ),
 ]
@@ -110,7 +121,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for other progra
 
 # demo
 Minutes = Annotated[float, typer.Option(help="About how many minutes it may take.")]
-DemoRun = Annotated[Path, typer.Option("--run", help="Run folder of the demo.")]
+DemoRun = Annotated[Path, typer.Option("--run", callback=_home, help="Run folder of the demo.")]
 
 # drawing: sample and evaluate
 Temperature = Annotated[
@@ -123,7 +134,8 @@ TopK = Annotated[int | None, typer.Option(help="Draw only from the K likeliest c
 TopP = Annotated[
     float | None,
     typer.Option(
-        help="Draw only from the likeliest codes that together have probability P; by default the run's own.",
+        help="Draw only from the likeliest codes that together have probability P: less varied pictures; 1: "
+        "from all. By default the run's own.",
         show_default=False,
     ),
 ]
@@ -146,6 +158,7 @@ DrawingRun = Annotated[
     Path | None,
     typer.Option(
         "--run",
+        callback=_home,
         help="Run folder, or scenes: the built-in model, which is the default without runs/default.",
         show_default=False,
     ),
@@ -173,6 +186,7 @@ PromptsOfAKind = Annotated[int, typer.Option(min=1, help="Prompts to draw of eac
 
 # where results go
 def _folder(path: Path | None) -> Path | None:
+    path = _home(path)
     if path is not None and path.suffix.lower() in (".png", ".jpg", ".html", ".json") and not path.is_dir():
         raise DalleError(f"--out {path} is a name for a file; give a folder, whose files are named for you")
     return path

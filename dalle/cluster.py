@@ -77,8 +77,8 @@ class Choice:
 
 def size_in_bytes(text: str) -> float:
     """`16GB` and the like in bytes. Raises `ConfigError` for anything else."""
-    match = re.fullmatch(r"(\d+\.?\d*|\.\d+) *([KMGT]?)(I?)B?", text.strip().upper())
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+) *([KMGT])(I?)B?", text.strip().upper())
     if match is None:
         raise ConfigError(f"--memory {text!r} is no size; write it as 16GB or 40GiB")
     thousand = 1024 if match[3] else 1000
-    return float(match[1]) * thousand ** " KMGT".index(match[2] or " ")
+    return float(match[1]) * thousand ** " KMGT".index(match[2])

@@ -12,6 +12,7 @@ from dalle.builtin import find_run
 from dalle.checkpoint import read_json, replacing, save_weights, unwritable, write_json
 from dalle.config import to_json
 from dalle.errors import CheckpointError
+from dalle.info import facts_of_run
 from dalle.pipeline import TextToImage
 from stage1_dvae.model import DVAE
 from stage2_prior.model import Prior
@@ -42,21 +43,24 @@ def export(run: Path, out: Path) -> int:
 
 
 def _write_all(run: Path, prior: Prior, dvae: DVAE, out: Path) -> None:
-    dvae_config, prior_config = (read_json(run / stage / "config.json") for stage in ("dvae", "prior"))
+    facts = facts_of_run(run)
+    dvae_config, prior_config = (
+        {**read_json(run / stage / "config.json"), "steps": facts[stage]["steps"]}
+        for stage in ("dvae", "prior")
+    )
     prior = prior.folded()  # 16 bits of sums, not sums of 16 bits
     prior_config["dvae"] = _write(out / "dvae", dvae_config, dvae.state_dict())
     prior_config["model"] = to_json(prior.config)
     _write(out / "prior", prior_config, prior.state_dict())
-    for name in ("prior/tokenizer.json", "report.json"):
-        if (run / name).is_file():
-            with replacing(out / name) as partial:
-                partial.write_bytes((run / name).read_bytes())
+    with replacing(out / "prior" / "tokenizer.json") as partial:
+        partial.write_bytes((run / "prior" / "tokenizer.json").read_bytes())
 
 
 def _write(folder: Path, config: dict[str, Any], weights: Mapping[str, Tensor]) -> str:
     written = save_weights(folder, {name: _halved(tensor) for name, tensor in weights.items()})
-    data = {"data": Path(config["data"]).name} if "data" in config else {}  # not where they lie here
-    write_json(folder / "config.json", {**config, **data})
+    if (data := config.get("data")) not in (None, "scenes"):
+        config["data"] = f"./{Path(data).name}"  # not where they lie here
+    write_json(folder / "config.json", config)
     return written
 
 

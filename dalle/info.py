@@ -48,7 +48,8 @@ def _facts(folder: Path) -> dict[str, Any]:
     for line in read_metrics(folder):
         latest |= line
     states = state_folders(folder / "state")
-    logged = latest.get("step", of) if weights.is_file() else 0  # an exported one has no metrics
+    # An exported one has no metrics, but says how many steps it has.
+    logged = latest.get("step", config.get("steps", of)) if weights.is_file() else 0
     facts = {
         "preset": config.get("preset"),
         "data": config.get("data"),

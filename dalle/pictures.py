@@ -2,7 +2,9 @@
 
 import json
 import textwrap
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +45,10 @@ def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
 def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
     """Pictures with their captions below, enlarged to at least 128 pixels so that the words fit."""
     side = max(128, pictures[0].width)
-    font = ImageFont.load_default(size=max(11, side // 12))
+    font, write = _font(max(11, side // 12))
     letters = max(8, int(side / font.getlength("n")))
-    texts = ["\n".join(textwrap.wrap(c, letters)[:3]) or " " for c in captions]
-    line = sum(font.getmetrics()) + 2  # type: ignore[union-attr]  # Pillow's own font is a FreeType one
+    texts = ["\n".join(textwrap.wrap(write(c), letters)[:3]) or " " for c in captions]
+    line = sum(font.getmetrics()) + 2
     below = max(text.count("\n") + 1 for text in texts) * line + 6
     columns = min(COLUMNS, len(pictures))
     rows = -(-len(pictures) // columns)
@@ -57,6 +59,20 @@ def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str]) -> I
         sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
         draw.multiline_text((x, y + side + 2), text, fill="black", font=font, spacing=2)
     return sheet
+
+
+def _font(size: int) -> tuple[ImageFont.FreeTypeFont, Callable[[str], str]]:
+    """A font of many alphabets, if the machine has one, or Pillow's own; and how texts are written in it."""
+    with suppress(OSError):
+        return ImageFont.truetype("DejaVuSans.ttf", size), str
+    own = ImageFont.load_default(size)
+    assert isinstance(own, ImageFont.FreeTypeFont)
+    return own, _plain
+
+
+def _plain(text: str) -> str:
+    """Without accents, which Pillow's own font lacks."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 
 def save_png(path: Path, picture: Image.Image, facts: Mapping[str, Any] | None = None) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -308,7 +309,7 @@ def _refuse_untrained(run: Path, *stages: str) -> None:
     for stage in stages:
         if not (run / stage / "weights.safetensors").is_file():
             raise CheckpointError(
-                f"{run} holds no trained {stage}: `dalle train-{stage} --run {run}` trains one; "
+                f"{run} holds no trained {stage}: `dalle train-{stage} --run {quote(str(run))}` trains one; "
                 "or name another --run"
             )
 

@@ -72,11 +72,12 @@ def machine() -> str:
 
 def _stage(folder: Path) -> dict[str, Any]:
     """How a stage was trained, as far as its folder knows: an imported or exported one has no metrics."""
-    training = read_json(folder / "config.json").get("training", {})
+    config = read_json(folder / "config.json")
+    training = config.get("training", {})
     lines = read_metrics(folder)
     last = {k: v for line in lines for k, v in line.items() if k.startswith("heldout_")}
     return {
-        "steps": lines[-1]["step"] if lines else training.get("steps"),
+        "steps": lines[-1]["step"] if lines else config.get("steps", training.get("steps")),
         "seconds": round(sum(line.get("seconds", 0) for line in lines), 1),
         "batch_size": training.get("batch_size"),
         **last,
@@ -100,7 +101,7 @@ def page(figures: Mapping[str, Any], run: Path, scores: Mapping[str, Score]) -> 
         f"<p>{_timing(stages['dvae'])}</p><div class=charts>",
         _chart("Reconstruction of held-out pictures, dB", run / "dvae", ["heldout_psnr"]),
         _chart("Codes in use, as a perplexity", run / "dvae", ["codebook_perplexity"]),
-        "</div><p>Held-out pictures; through relaxed codes; through hard codes.</p>",
+        "</div>",
         _newest_picture(run / "dvae" / "pictures"),
         "<h2>Stage 2: text to codes</h2>",
         f"<p>{_timing(stages['prior'])}</p><div class=charts>",
@@ -173,7 +174,8 @@ def _newest_picture(folder: Path) -> str:
     if not paths:
         return ""
     with Image.open(paths[-1]) as picture:
-        return _image(picture, "wide")
+        shown = _image(picture, "wide")
+    return f"<p>Held-out pictures; through relaxed codes; through hard codes.</p>{shown}"
 
 
 def _chart(title: str, folder: Path, names: Sequence[str]) -> str:

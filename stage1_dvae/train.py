@@ -123,6 +123,9 @@ def prepare(options: Options) -> Session:
         needed = min(pictures_needed(run.model), len(source))
         with Bar("dVAE: pictures to cluster", needed, unit="pictures") as bar:
             (some,) = centred.some(needed, bar.show)
+            if len(some) < needed:  # the others could not be read
+                bar.expect(len(some))
+                bar.show(len(some))
         loader.skipped |= centred.skipped
         with whole(model.parameters()):
             start_from_patches(model, to_pixels(some), config.seed)

@@ -1,5 +1,6 @@
 """Which gradients of a trained prior fp16 would lose."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,12 @@ def audit(folder: Path, codec: Codec, batches: int, data: str | None = None) -> 
             f"{folder} was trained on the dVAE {saved.get('dvae')}, the one there now is "
             f"{codec.fingerprint}: put that one back"
         )
+    where = saved["data"] if data is None else data
+    if data is None and not (where == "scenes" or os.path.isabs(where)):
+        raise ConfigError(f"{folder} was handed on without its data, {where}: name them with --data")
     model = Prior.load(folder, codec.vectors.device).requires_grad_()
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    source = open_source(saved["data"] if data is None else data, "train", codec.image_size, training.heldout)
+    source = open_source(where, "train", codec.image_size, training.heldout)
     size, words = codec.image_size, model.config.text_length - 1
     prepare = partial(prepare_plainly, tokenizer=tokenizer, size=size, words=words)
     together = training.pictures_at_once(1)

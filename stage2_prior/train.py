@@ -16,6 +16,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from dalle.checkpoint import read_json
+from dalle.config import keys
 from dalle.console import say, warn
 from dalle.data.augment import centre_crop, stage2_crop
 from dalle.data.loader import Loader
@@ -65,7 +66,6 @@ def resolve(options: Options, codec: Codec, *, preset: str, data: str) -> StageR
         ConfigError: see `dalle.runs.resolve_run`; also a dVAE other than the one this prior was begun on.
     """
     run = resolve_run(options, "prior", PRESETS, default_preset=preset, default_data=data)
-    model = run.model
     if run.resumed:
         begun_on = read_json(run.folder / "config.json").get("dvae")
         if begun_on != codec.fingerprint:
@@ -74,7 +74,9 @@ def resolve(options: Options, codec: Codec, *, preset: str, data: str) -> StageR
                 "put that one back, or use another --run"
             )
         return run
-    return replace(run, model=replace(model, grid=codec.grid, image_vocab=codec.vocab_size))
+    most = run.training.bpe_vocab  # text tokens: their number is known when they are learned
+    model = replace(run.model, grid=codec.grid, image_vocab=codec.vocab_size, text_vocab=most)
+    return replace(run, model=model)
 
 
 def train(options: Options, codec: Codec, *, preset: str, data: str, coarse: Coarse | None = None) -> bool:
@@ -102,6 +104,8 @@ def prepare(
     run = resolve(options, codec, preset=preset, data=data)
     if coarse is not None and not run.resumed:
         coarse.check(run.model, codec)
+        if vain := {"bpe_vocab", "bpe_spaces", "bpe_captions"} & keys(options.settings):
+            warn(f"--grow-from: the tokenizer is that prior's, whatever {', '.join(sorted(vain))} is here")
     began_with = _began_with(run, coarse)
     device, here = best_device(), topology()
     precision = precision_of(run.training)

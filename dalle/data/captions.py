@@ -1,6 +1,7 @@
 """Captions as files write them: lines of text, or the fields of a record."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +17,17 @@ def from_file(name: str, content: bytes, key: str) -> tuple[str, ...]:
         if name.lower().endswith(".json"):
             found = from_fields(json.loads(content))
         else:
-            found = tidy(content.decode("utf-8-sig").splitlines())
+            found = tidy(lines(content.decode("utf-8-sig")))
     except ValueError as error:
         raise BadSample(key, f"captions {name}: {error}") from error
     if not found:
         raise BadSample(key, f"captions {name}: there are none in it")
     return found
+
+
+def lines(text: str) -> list[str]:
+    """Its lines, as files end them: captions from the web hold other characters that Python splits at."""
+    return re.split(r"\r\n|\r|\n", text)
 
 
 def from_fields(fields: Any) -> tuple[str, ...]:

@@ -35,6 +35,8 @@ class Folder:
         if not any(_text(key) in files or _text(key) in self.texts for key in self.keys):
             manifests = sorted(file for file in files if file.endswith((".jsonl", ".csv", ".tsv")))
             manifest = f"the manifest {path / manifests[0]}" if manifests else "a manifest of them"
+            if len(manifests) > 1:
+                manifest = f"one of its manifests, each of which may list a part: {', '.join(manifests[:9])}"
             raise DataError(
                 f"{path}: {len(self.keys)} pictures, none with captions; put {WANTED}, or give {manifest}"
             )

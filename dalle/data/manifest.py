@@ -104,6 +104,7 @@ def _table_rows(path: Path, separator: str) -> Iterator[tuple[int, Any]]:
         # Strict, or a quote that is never closed swallows the rows after it without a word.
         rows = csv.DictReader(lines, delimiter=separator, strict=True)
         try:
+            rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
             for row in rows:
                 yield rows.line_num, {name: _unpack(cell) for name, cell in row.items()}
         except csv.Error as error:

@@ -3,6 +3,7 @@
 import atexit
 import signal
 import traceback
+import warnings
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -15,6 +16,9 @@ Stacked = TypeVar("Stacked")
 # Seconds between a SIGTERM and the end of a worker that its parent has not stopped by then: the parent ends
 # its update and may save first. A worker without a parent ends by itself within seconds.
 GRACE = 600
+
+# torch prints it with paths of its own; more readers than cores may be just what slow disks need.
+warnings.filterwarnings("ignore", "This DataLoader will create")
 
 _open: WeakSet[Generator[Any, None, None]] = WeakSet()
 

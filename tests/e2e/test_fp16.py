@@ -71,6 +71,15 @@ def test_an_audit_of_nothing_is_refused_in_one_line(dalle, run, tmp_path, there)
     assert done.out == ""
 
 
+def test_an_audit_of_what_was_handed_on_without_its_data_asks_for_them(dalle, run, tmp_path):
+    run = shutil.copytree(run, tmp_path / "run")
+    path = run / "prior" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data": "./birds"}))
+    done = dalle("audit-precision", run)
+    assert done.code == 2
+    assert "was handed on without its data, ./birds: name them with --data" in done.err
+
+
 def test_an_audit_with_another_dvae_is_refused(dalle, run, tmp_path):
     run = shutil.copytree(run, tmp_path / "run")
     path = run / "prior" / "config.json"

@@ -33,6 +33,7 @@ def fine(dalle, coarse, tmp_path_factory) -> Path:
         done = dalle(*command)
         assert done.code == 0, done.err
     assert "prior: beginning with one over 4×4 codes, for 8×8" in done.err
+    assert "the tokenizer is that prior's, whatever bpe_captions, bpe_vocab is here" in done.err
     return run
 
 

@@ -221,6 +221,7 @@ def test_show_config_of_the_prior_needs_no_dvae(dalle, tmp_path):
     assert done.code == 0, done.err
     rows = {cells[1]: cells[3] for line in done.out.splitlines() if len(cells := line.split()) > 3}
     assert (rows["depth"], rows["grid"], rows["image_vocab"]) == ("7", "9", "4096")
+    assert rows["text_vocab"] == rows["bpe_vocab"] == "2048"
     assert "grid and image_vocab are those of the preset's" in done.err
     assert not (tmp_path / "run").exists()
 

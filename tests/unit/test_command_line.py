@@ -1,10 +1,13 @@
 """What the console script does before a command."""
 
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
+
+from tests import tiny
 
 SHOW = """
 import os
@@ -62,3 +65,26 @@ def test_a_folder_for_results_is_not_named_like_a_file(tmp_path, command):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: --out {name} is a name for a file; give a folder")
     assert not name.exists()
+
+
+def test_a_home_directory_is_meant_where_no_shell_puts_it(tmp_path):
+    tiny.write_run(tmp_path / "mine")
+    home = os.environ | {"HOME": str(tmp_path)}
+    done = dalle("sample", "a", "--run=~/mine", "--out=~/here", stdout=subprocess.PIPE, env=home)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/here/a-seed0-0.png\n"), done.stderr
+
+
+def test_paths_are_quoted_as_they_are(tmp_path):
+    """In errors, which are one line, as in the commands that they name."""
+    name = tmp_path / "two  blanks"
+    done = dalle("sample", "a", "--run", str(name), stdout=subprocess.PIPE)
+    assert done.returncode == 2
+    assert f"{name} holds no trained" in done.stderr
+    assert f"--run '{name}'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_without_standard_input_there_is_no_prompt():
+    closed = f"{shlex.quote(sys.executable)} -c 'import cli.main; cli.main.main()' sample - <&-"
+    done = subprocess.run(["sh", "-c", closed], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.partition(";")[0]) == (2, "error: no prompt was given")

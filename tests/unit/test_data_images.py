@@ -81,6 +81,14 @@ def test_transparency_becomes_white(mode):
     np.testing.assert_array_equal(pixels(data), expected)
 
 
+def test_a_transparent_grey_of_16_bits_becomes_white():
+    deep = RAMP.astype(np.uint16) * 257
+    expected = RAMP.copy()
+    expected[2, 3] = 255  # no other is as grey
+    data = packed(Image.fromarray(deep), transparency=int(deep[2, 3]))
+    np.testing.assert_array_equal(pixels(data)[..., 0], expected)
+
+
 def test_half_transparent_black_becomes_grey():
     np.testing.assert_allclose(pixels(packed(Image.new("RGBA", (3, 3), (0, 0, 0, 128)))), 127, atol=1)
 

@@ -152,6 +152,21 @@ def test_a_folder_without_captions_points_to_the_manifest_in_it(tmp_path):
         Folder(tmp_path)
 
 
+def test_of_several_manifests_each_is_named(tmp_path):
+    for split in ("test", "train"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "a.png").write_bytes(png(1))
+        (tmp_path / split / "metadata.csv").write_text("file_name,text\na.png,one\n")
+    with pytest.raises(DataError, match=r"may list a part: test/metadata\.csv, train/metadata\.csv$"):
+        Folder(tmp_path)
+
+
+def test_a_caption_ends_where_its_line_does(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(1))
+    (tmp_path / "a.txt").write_bytes("one\u2028still\r\ntwo \x0c\x85 cents\rthree".encode())
+    assert Folder(tmp_path).captions(0) == ("one\u2028still", "two \x0c\x85 cents", "three")
+
+
 # Manifests
 
 TABLES = {
@@ -189,6 +204,11 @@ def test_columns_may_be_named_as_those_of_hugging_faces_image_folders(tmp_path, 
     (tmp_path / name).write_text(text)
     manifest = Manifest(tmp_path / name)
     assert (manifest.keys, manifest.captions(0)) == (["p/1.png"], ("one",))
+
+
+def test_blanks_around_the_names_of_columns_do_not_count(tmp_path):
+    (tmp_path / "m.csv").write_text("image, caption \na.png,a cat\n")
+    assert Manifest(tmp_path / "m.csv").captions(0) == ("a cat",)
 
 
 @pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])

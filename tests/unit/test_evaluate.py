@@ -139,6 +139,7 @@ def test_the_report_holds_all_it_shows(run, tmp_path):
     assert {name: split["prompts"] for name, split in figures["splits"].items()} == dict.fromkeys(SPLITS, 3)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "dalle &lt;evaluate&gt;" in page
+    assert "through hard codes" not in page  # the run has no pictures of that
     assert page.count("data:image/png;base64,") >= 3 * len(SPLITS)
     assert not re.search(r'(src|href)="(?!data:)', page)
     for title in TITLES.values():

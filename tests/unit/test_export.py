@@ -9,7 +9,10 @@ import torch
 from dalle.checkpoint import fingerprint, load_tensors, read_json, save_weights, write_json
 from dalle.errors import CheckpointError
 from dalle.export import export
+from dalle.info import facts_of_run
 from dalle.pipeline import TextToImage
+from dalle.report import _stage
+from dalle.states import write_state
 from tests import tiny
 
 
@@ -45,7 +48,30 @@ def test_where_the_data_lay_is_not_handed_on(tmp_path):
         write_json(path, {**read_json(path), "data": "/home/someone/pictures/birds"})
     export(run, tmp_path / "out")
     for stage in ("dvae", "prior"):
-        assert read_json(tmp_path / "out" / stage / "config.json")["data"] == "birds"
+        assert read_json(tmp_path / "out" / stage / "config.json")["data"] == "./birds"
+
+
+@pytest.mark.parametrize(("data", "told"), [("scenes", "scenes"), ("/home/someone/scenes", "./scenes")])
+def test_data_of_ones_own_never_pass_for_the_built_in_ones(tmp_path, data, told):
+    run = tiny.write_run(tmp_path / "run")
+    path = run / "prior" / "config.json"
+    write_json(path, {**read_json(path), "data": data})
+    export(run, tmp_path / "out")
+    assert read_json(tmp_path / "out" / "prior" / "config.json")["data"] == told
+
+
+def test_an_exported_run_tells_the_steps_that_were_made_and_nothing_of_other_weights(tmp_path):
+    run = tiny.write_run(tmp_path / "run")
+    for stage in ("dvae", "prior"):
+        path = run / stage / "config.json"
+        write_json(path, {**read_json(path), "training": {"steps": 5000}})
+    write_state(run / "prior" / "state", 59, {}, {}, keep=1)
+    write_json(run / "report.json", {"command": "dalle evaluate --run /home/someone/run"})
+    for source, out in ((run, tmp_path / "one"), (tmp_path / "one", tmp_path / "two")):
+        export(source, out)
+        facts = facts_of_run(out)["prior"]
+        assert (facts["steps"], facts["of"], _stage(out / "prior")["steps"]) == (59, 5000, 59)
+        assert {path.name for path in out.iterdir()} == {"dvae", "prior"}
 
 
 def test_numbers_too_large_for_16_bits_stay_in_32(tmp_path):

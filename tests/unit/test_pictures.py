@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
 from dalle.errors import CheckpointError
 from dalle.pictures import GAP, contact_sheet, grid, save_png, to_images, to_pixels
@@ -79,6 +79,21 @@ def test_any_caption_can_stand_there(caption):
     sheet = contact_sheet([flat("red", (200, 200))] * 2, [caption, "x"])
     assert sheet.width == 2 * 208 + 8
     assert sheet.height < 400
+
+
+def test_a_machine_without_a_font_of_many_alphabets_leaves_out_accents(monkeypatch):
+    own = ImageFont.truetype
+
+    def only_own(font, *arguments, **more):
+        if isinstance(font, str):
+            raise OSError("cannot open resource")
+        return own(font, *arguments, **more)
+
+    monkeypatch.setattr(ImageFont, "truetype", only_own)
+    with_accents, without = (
+        contact_sheet([flat("red")], [words]) for words in ("Éléphant à côté", "Elephant a cote")
+    )
+    assert with_accents == without
 
 
 def test_a_png_says_how_it_was_made(tmp_path):

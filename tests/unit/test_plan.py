@@ -371,8 +371,9 @@ def test_a_plan_takes_the_settings_as_training_does():
 
 
 def test_what_cannot_be_planned_is_told():
-    with pytest.raises(ConfigError, match=r"--memory 'much'"):
-        size_in_bytes("much")
+    for text in ("much", "80", "80B"):
+        with pytest.raises(ConfigError, match=rf"--memory '{text}' is no size"):
+            size_in_bytes(text)
     with pytest.raises(ConfigError, match=r"use --set batch_size=1000"):
         make_plan("paper", replace(V100S, gpus=1000))
     with pytest.raises(ConfigError, match="must be a multiple of --gpus-per-machine 8"):

@@ -265,7 +265,7 @@ def test_held_out_pictures_that_cannot_be_used_are_told_too(tmp_path):
     assert list(session.loader.skipped) == ["12.png"]
 
 
-def test_pictures_that_could_not_be_clustered_are_told_too(tmp_path, monkeypatch):
+def test_pictures_that_could_not_be_clustered_are_told_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("stage1_dvae.train.start_from_patches", lambda *_: None)
     (tmp_path / "data").mkdir()
     for i in range(9):
@@ -273,6 +273,7 @@ def test_pictures_that_could_not_be_clustered_are_told_too(tmp_path, monkeypatch
         (tmp_path / "data" / f"{i}.txt").write_text("noise")
     session = begun(tmp_path, "start=patches", "heldout=0", data=str(tmp_path / "data"))
     assert list(session.loader.skipped) == ["4.png"]
+    assert "pictures to cluster 7/7" in capsys.readouterr().err
 
 
 def test_patches_are_clustered_by_the_runs_seed_and_only_where_it_begins(tmp_path, monkeypatch):
