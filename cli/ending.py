@@ -52,7 +52,7 @@ def _mistake(error: Exception) -> str | None:
             f"{said.partition('.')[0]}: a process that reads pictures ended, perhaps for want of memory; "
             "give a container more shared memory (docker run --shm-size=8g), or use --set workers=0"
         )
-    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+    if isinstance(error, OSError):
         reason = (error.strerror or said).lower()
         if error.filename:
             return f"{error.filename}: {reason}"

@@ -35,18 +35,17 @@ class Window(nn.Module):
     @classmethod
     def of(cls, kind: Kind, grid: int, kernel: int, device: torch.device) -> "Window":
         """The window of a mask, found from its definition."""
-        with torch.inference_mode(False):
-            slots = torch.arange(grid**2)[:, None]
-            seen = pad_sequence(visible(kind, grid, kernel), batch_first=True, padding_value=-1)
-            hidden = seen < 0
-            seen = torch.where(hidden, slots, seen)  # itself once more, hidden by the bias
-            ring = int((slots - seen).max()) + 1
-            places = seen % ring
-            if seen.shape[1] < ring:
-                bias = torch.zeros(seen.shape).masked_fill(hidden, -torch.inf)
-                return cls(ring, places.to(device), bias.to(device))
-            bias = torch.full((grid**2, ring), -torch.inf).scatter(1, places, 0.0)
-            return cls(ring, None, bias.to(device))
+        slots = torch.arange(grid**2)[:, None]
+        seen = pad_sequence(visible(kind, grid, kernel), batch_first=True, padding_value=-1)
+        hidden = seen < 0
+        seen = torch.where(hidden, slots, seen)  # itself once more, hidden by the bias
+        ring = int((slots - seen).max()) + 1
+        places = seen % ring
+        if seen.shape[1] < ring:
+            bias = torch.zeros(seen.shape).masked_fill(hidden, -torch.inf)
+            return cls(ring, places.to(device), bias.to(device))
+        bias = torch.full((grid**2, ring), -torch.inf).scatter(1, places, 0.0)
+        return cls(ring, None, bias.to(device))
 
     def forward(self, slot: Tensor, own: Tensor) -> tuple[Tensor, Tensor | None]:
         """Let the mask show what this slot sees; where the slot is written, and what is read of the ring."""

@@ -541,6 +541,10 @@ def test_a_full_disk_while_training_loses_nothing(run, monkeypatch, capsys, stag
             "error: the device's memory is too small: train with a smaller",
         ),
         (
+            RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+            "error: the device's memory is too small: train with a smaller",
+        ),
+        (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"),
             "error: DataLoader worker (pid 7) is killed by signal: Bus error: a process that reads",
         ),

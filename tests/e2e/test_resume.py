@@ -166,6 +166,7 @@ def test_a_prior_on_a_dvae_that_was_stopped_is_warned_of(dalle, straight, tmp_pa
     done = dalle(*prior(run, steps=1))
     assert done.code == 0, done.err
     assert f"dvae was stopped after {STEPS - 2} of {STEPS} steps, and is used as it is" in done.err
+    assert "dvae was stopped" not in dalle(*prior(run, steps=2)).err  # no longer news
 
 
 def test_a_damaged_training_section_of_the_dvae_is_told_in_one_line(dalle, straight, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -116,6 +117,8 @@ def test_how_many_are_drawn_at_once_and_seen_on_the_way_changes_no_picture(dalle
     def drawn(*options: object) -> list[bytes]:
         done = dalle("sample", PROMPT, "--run", run, "-n", 5, *options, "--out", tmp_path / str(options))
         assert done.code == 0, done.err
+        assert "drawing 80/80 · " in done.err  # codes
+        assert ("what is drawn so far: " in done.err) == ("--preview" in options)
         assert sorted(done.paths[0].parent.iterdir()) == sorted(
             other for path in done.paths for other in (path, path.with_suffix(".json"))
         )
@@ -126,12 +129,15 @@ def test_how_many_are_drawn_at_once_and_seen_on_the_way_changes_no_picture(dalle
 
 
 def test_a_dash_reads_prompts_from_standard_input(run, dalle, tmp_path):
-    given = "a red circle\n\n  a blue star  \na red circle\n"
+    given = "\ufeffa red circle\n\n  a blue star  \na red circle\n"
     done = dalle("sample", "-", "--run", run, "--out", tmp_path, stdin=given)
     assert done.code == 0, done.err
     assert [path.name for path in done.paths] == [
         "a-red-circle-seed0-0.png", "a-blue-star-seed0-0.png", "a-red-circle-and-others-seed0-sheet.png",
     ]  # fmt: skip
+    trained = json.loads((run / "prior" / "config.json").read_text())["training"]
+    facts = json.loads(done.paths[1].with_suffix(".json").read_text())
+    assert (facts["prompt"], facts["top_p"]) == ("a blue star", trained["top_p"])
 
 
 def test_prompts_that_are_not_utf_8_are_drawn_all_the_same(run, dalle, tmp_path):
@@ -146,6 +152,9 @@ def test_reconstruct_puts_pictures_through_the_dvae(run, dalle, tmp_path):
     done = dalle("reconstruct", source, "--run", run)
     assert done.code == 0, done.err
     assert done.paths == [run / "reconstructions" / "0-reconstruction.png"]
+    facts = json.loads(done.paths[0].with_suffix(".json").read_text())
+    weights = run / "dvae" / "weights.safetensors"
+    assert facts == {"image": str(source), "run": str(run), "dvae": fingerprint(weights)}
     with Image.open(done.paths[0]) as pair:
         assert pair.size == (34, 16)
 
@@ -215,7 +224,7 @@ def test_show_config_prints_all_settings_and_starts_nothing(dalle, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_show_config_of_the_prior_needs_no_dvae(dalle, tmp_path):
+def test_show_config_of_the_prior_needs_no_dvae(dalle, run, tmp_path):
     more = ("--preset", "tiny", "--set", "depth=7", "--show-config")
     done = dalle("train-prior", "--run", tmp_path / "run", *more, environ={"COLUMNS": "200"})
     assert done.code == 0, done.err
@@ -224,6 +233,10 @@ def test_show_config_of_the_prior_needs_no_dvae(dalle, tmp_path):
     assert rows["text_vocab"] == rows["bpe_vocab"] == "2048"
     assert "grid and image_vocab are those of the preset's" in done.err
     assert not (tmp_path / "run").exists()
+    shutil.copytree(run / "prior", tmp_path / "begun" / "prior")
+    done = dalle("train-prior", "--run", tmp_path / "begun", "--show-config", environ={"COLUMNS": "200"})
+    assert (done.code, done.err) == (0, "")
+    assert re.search(r"grid\W+4\b", done.out)
 
 
 def test_worker_processes_read_the_same_data(dalle, tmp_path):
@@ -268,3 +281,19 @@ def test_a_reader_that_stops_early_is_no_error(run):
 @pytest.mark.parametrize("arguments", [["draw"], ["sample"], ["sample", "x", "-n", "0"], ["info", "--jsn"]])
 def test_a_command_line_that_cannot_be_exits_with_2(dalle, arguments):
     assert dalle(*arguments).code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sample", "x", "--at-once", 0], ["sample", "x", "--seed", -1], ["sample", "x", "--seed", 2**63],
+        ["evaluate", "--prompts", 0], ["train-dvae", "--steps", -1], ["train-dvae", "--processes", 0],
+        ["train-prior", "--machines", 0], ["train-prior", "--zero", 4], ["plan", "--gpus", 0],
+        ["plan", "--gpus-per-machine", 0], ["plan", "--zero", 4], ["plan", "--rank", -1],
+        ["audit-precision", "--batches", 0],
+    ],
+)  # fmt: skip
+def test_a_number_out_of_its_range_is_told_with_its_option(dalle, arguments):
+    done = dalle(*arguments, environ={"COLUMNS": "200"})
+    assert done.code == 2
+    assert f"Invalid value for '{arguments[-2]}': " in done.err

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dalle.builtin import FOLDER
 from dalle.errors import ConfigError
-from dalle.precision import arithmetic
+from dalle.precision import arithmetic, fp32_products
 from stage2_prior import decode, linear
 from stage2_prior.cache import Window
 from stage2_prior.decode import Decoder
@@ -356,3 +356,52 @@ def test_on_a_gpu_auto_is_bf16_only_where_it_computes_in_it():
     elsewhere = nn.Linear(4, 4, device="meta")
     found = [linear.resolve("auto", precision, [elsewhere]) for precision in ("fp32", "fp16", "bf16")]
     assert found == ["fp32", "fp32", "bf16"]
+
+
+def test_every_norm_keeps_its_epsilon():
+    model = tiny.prior(grid=3)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 2.0
+    tokens, codes = tiny.batch(model, 2)
+    torch.testing.assert_close(tiny.cached_logits(model, tokens, codes), whole(model, tokens, codes))
+
+
+@pytest.mark.parametrize(("weights", "rounded"), [("bf16", False), ("int8", False), ("int4", True)])
+def test_logits_are_fp32_and_have_its_digits_but_for_those_of_int4(weights, rounded):
+    model = tiny.prior(width=96)
+    found = tiny.cached_logits(model, *tiny.batch(model, 2), weights, "bf16")
+    assert found.dtype == torch.float32
+    assert torch.equal(found, found.bfloat16().float()) == rounded
+
+
+def test_what_rounds_around_it_reaches_neither_the_choice_of_forms_nor_the_text_nor_a_step(monkeypatch):
+    model, seen = tiny.prior(), []
+
+    def watched(function):
+        def watch(*given):
+            seen.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
+            return function(*given)
+
+        return watch
+
+    run = decode.compiled
+    monkeypatch.setattr(decode, "fastest", watched(decode.fastest))
+    monkeypatch.setattr(decode, "compiled", lambda step: watched(run(step)))
+    monkeypatch.setattr(Prior, "embed_text", watched(Prior.embed_text))
+    with arithmetic("bf16", torch.device("cpu")), fp32_products("rounded"):
+        tiny.cached_logits(model, *tiny.batch(model, 1))
+    assert seen == [("highest", False)] * (5 + 1 + model.config.cells)
+
+
+def test_forms_are_chosen_for_the_rows_that_will_be_drawn(monkeypatch):
+    rows, fastest = [], decode.fastest
+    monkeypatch.setattr(decode, "fastest", lambda *given: rows.append(given[2]) or fastest(*given))
+    Decoder(tiny.prior(), 5)
+    assert rows == 5 * [5]  # the head and four layers
+
+
+def test_of_the_text_no_more_than_keys_and_values_is_kept():
+    model = tiny.prior()
+    for kv in Decoder(model).read(tiny.batch(model, 2)[0]):
+        assert kv.untyped_storage().nbytes() == kv.nbytes

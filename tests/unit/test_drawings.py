@@ -12,6 +12,7 @@ from PIL import Image
 from dalle import drawings
 from dalle.drawings import previewing, save_drawings, save_reconstructions
 from dalle.errors import DataError
+from dalle.pictures import contact_sheet
 from tests import tiny
 
 MADE = {"run": "runs/x", "seed": 3, "temperature": 1.0, "top_k": None, "top_p": None}
@@ -43,6 +44,7 @@ def test_several_pictures_come_in_order_with_a_sheet_at_the_end(tmp_path):
             assert picture.tobytes() == expected.tobytes()
     with Image.open(paths[-1]) as sheet:
         assert json.loads(sheet.text["prompts"]) == captions
+        assert sheet.tobytes() == contact_sheet(pictures(4), captions).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,9 @@ def test_pictures_that_cannot_be_used_do_not_keep_others_from_being_reconstructe
         assert path.is_file()
     with pytest.raises(DataError, match=r"2\.png: no such file"):
         next(coming)
-    assert "0.png: no such file" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "0.png: no such file" in told
+    assert "2.png" not in told  # the error tells it
 
 
 def test_a_preview_lasts_as_long_as_the_drawing(tmp_path):
@@ -254,6 +258,9 @@ def test_reconstructions_of_two_calls_do_not_replace_each_other(tmp_path):
     assert [path.name for path in (first, second, again)] == [
         "a-reconstruction.png", "a-2-reconstruction.png", "a-reconstruction.png",
     ]  # fmt: skip
+    (other,) = save_reconstructions(tmp_path, model, sources[:1], {"dvae": "another"})
+    assert other.name == "a-3-reconstruction.png"
+    assert json.loads(other.with_suffix(".json").read_text())["dvae"] == "another"
 
 
 def test_what_is_finished_is_kept_where_drawing_is_stopped(tmp_path):
@@ -294,3 +301,18 @@ def test_a_reconstruction_tells_the_whole_path_of_its_picture(tmp_path, monkeypa
     Path("a.png").write_bytes(tiny.png(1, (16, 16)))
     (path,) = save_reconstructions(tmp_path / "out", tiny.dvae(), [Path("a.png")])
     assert json.loads(path.with_suffix(".json").read_text())["image"] == str(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("name", ["a-star-seed3-0.png", "a-star-seed3-0.json"])
+def test_a_file_of_someone_elses_stays_whichever_of_the_two_it_is(tmp_path, name):
+    """A picture of the user's own, or a name that another sampling took before its picture is there."""
+    (tmp_path / name).touch()
+    (path,) = save_drawings(tmp_path, pictures(1), ["a star"], 1, MADE)
+    assert path.name == "a-star-2-seed3-0.png"
+    assert (tmp_path / name).read_bytes() == b""
+
+
+@pytest.mark.parametrize(("prompt", "stem"), [("x" * 61, "x" * 60), ("?!", "prompt")])
+def test_a_name_is_not_too_long_and_never_empty(tmp_path, prompt, stem):
+    (path,) = save_drawings(tmp_path, pictures(1), [prompt], 1, MADE)
+    assert path.name == f"{stem}-seed3-0.png"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dalle.checkpoint import fingerprint
+from dalle.checkpoint import fingerprint, read_json, write_json
 from dalle.errors import CheckpointError
 from dalle.info import describe_run, facts_of_run
 from dalle.states import write_state
@@ -14,6 +14,12 @@ from tests import tiny
 @pytest.fixture
 def run(tmp_path):
     return tiny.write_run(tmp_path / "run")
+
+
+def train(stage, **training) -> None:
+    """Let its settings say how it is trained."""
+    path = stage / "config.json"
+    write_json(path, read_json(path) | {"training": training})
 
 
 def count(model) -> int:
@@ -37,13 +43,13 @@ def test_steps_and_the_last_of_each_metric(run):
         {"step": 10, "loss": 3.0, "grad_norm": 1.0},
         {"step": 10, "heldout_loss": 2.5},
         {"step": 20, "loss": 2.0},
-        {"step": 30, "loss": None},
+        {"step": 30, "loss": None, "heldout_codebook_usage": 0.25, "seconds": 1.0},
     ]
     path = run / "dvae" / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4')
     facts = facts_of_run(run)["dvae"]
     assert facts["steps"] == 30
-    assert facts["metrics"] == {"loss": None, "heldout_loss": 2.5}
+    assert facts["metrics"] == {"loss": None, "heldout_loss": 2.5, "heldout_codebook_usage": 0.25}
     assert "heldout_loss 2.5" in describe_run(facts_of_run(run))
 
 
@@ -73,7 +79,9 @@ def test_the_words_name_both_stages_and_what_is_missing(run):
 
 def test_a_run_that_has_only_begun_has_no_weights_yet(run):
     (run / "dvae" / "weights.safetensors").unlink()
+    train(run / "dvae", steps=40)
     facts = facts_of_run(run)
+    assert facts["dvae"]["steps"] == 0
     assert "parameters" not in facts["dvae"]
     assert "weights none, to resume from: nothing" in describe_run(facts)
 
@@ -112,3 +120,19 @@ def test_gradient_scales_are_those_of_the_last_line_and_the_most_troubled_resblo
         "gradient scales 2^9.2 (resblock 2) to 2^24.0 (resblock 3), 10 overflows, most in resblock 2: 7"
         in describe_run(facts)
     )
+
+
+def test_an_exported_stage_made_all_its_steps_and_one_with_odd_settings_none_here(run):
+    train(run / "dvae", steps=40)
+    path = run / "prior" / "config.json"
+    write_json(path, read_json(path) | {"training": "odd"})
+    told = describe_run(facts_of_run(run))
+    assert "40 of 40 steps on scenes" in told
+    assert "not trained here" in told
+    assert told.index("dvae: ") < told.index("prior: ")
+
+
+def test_where_nothing_overflowed_no_resblock_is_blamed(run):
+    line = {"step": 1, "log2_scales": [13.0], "overflows": [0.0]}
+    (run / "prior" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert describe_run(facts_of_run(run)).count("(resblock 1), 0 overflows\n") == 1

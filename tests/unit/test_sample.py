@@ -9,7 +9,7 @@ import torch
 
 from dalle.errors import ConfigError
 from dalle.threads import using
-from stage2_prior.decode import Decoder
+from stage2_prior.decode import TRIES, Decoder
 from stage2_prior.sample import Sampling, choose_codes, draw, noise, read
 from tests import oracles, tiny
 
@@ -240,3 +240,17 @@ def test_cells_are_drawn_with_as_many_threads_as_are_fastest(monkeypatch, faster
         ):
             assert torch.get_num_threads() == 2
     assert seen == [faster] * model.config.cells
+
+
+def test_the_first_tries_only_warm_up_and_at_a_tie_the_callers_number_of_threads_stays(monkeypatch):
+    model, step, rows, clock = tiny.prior(), Decoder.step, [], Clock(monkeypatch)
+
+    def first_slow(decoder, codes, *more):
+        clock.now += 1.0 if rows else 9.0
+        rows.append(len(codes))
+        return step(decoder, codes, *more)
+
+    monkeypatch.setattr(Decoder, "step", first_slow)
+    with using(2):
+        assert Decoder(model, 3).threads == 2
+    assert rows == [3] * 2 * (1 + TRIES)
