@@ -352,6 +352,7 @@ def test_workers_end_with_a_stream_that_fails():
 
 def test_a_stream_that_is_never_closed_does_not_hold_up_the_exit(tmp_path):
     (tmp_path / "leave.py").write_text("""
+import os
 import torch
 from dalle.data.loader import Loader
 from dalle.data.source import Sample
@@ -362,10 +363,12 @@ class One:
     def __getitem__(self, index): return Sample(Image.new("RGB", (8, 8)), ("x",), "0")
 def prepare(sample, rng): return (torch.zeros(1),)
 if __name__ == "__main__":
-    batches = Loader(One(), prepare, batch_size=1, seed=0, workers=1).batches()
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])  # fewer cores than workers
+    batches = Loader(One(), prepare, batch_size=1, seed=0, workers=2).batches()
     next(batches)
     raise SystemExit(7)
 """)
     path = {"PYTHONPATH": str(Path(dalle.__file__).parents[1])}
     command = [sys.executable, str(tmp_path / "leave.py")]
-    assert subprocess.run(command, timeout=25, env=os.environ | path).returncode == 7
+    done = subprocess.run(command, timeout=25, env=os.environ | path, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (7, "")

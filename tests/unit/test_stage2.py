@@ -21,7 +21,7 @@ from stage2_prior.codec import Codec
 from stage2_prior.config import PRESETS, PriorTraining
 from stage2_prior.loss import losses, weighted
 from stage2_prior.sample import Sampling, noise
-from stage2_prior.train import Stage2, _captions, _prepare, _some_captions, prepare, prepare_plainly
+from stage2_prior.train import Stage2, _captions, _prepare, _some_captions, prepare, prepare_plainly, resolve
 from tests import tiny
 
 MODEL, PAPER = PRESETS["paper"]
@@ -333,6 +333,12 @@ def test_merges_are_learned_from_as_many_captions_as_asked(coloured, monkeypatch
 def test_the_model_knows_the_tokens_that_there_are(coloured):
     session = begun(coloured, "bpe_vocab=16384")
     assert session.task.run.model.text_vocab == tokenizer_of(coloured).vocab_size < 300
+
+
+def test_before_they_are_learned_there_may_be_as_many_tokens_as_are_asked_for(coloured):
+    options = Options(coloured / "run", settings=("bpe_vocab=300",))
+    run = resolve(options, codec_of(coloured / "run"), preset="paper", data="scenes")
+    assert run.model.text_vocab == 300
 
 
 def test_a_run_is_not_continued_with_another_tokenizer(coloured):
