@@ -38,7 +38,8 @@ Preset = Annotated[
     typer.Option(
         "--preset",
         help="tiny (two CPU cores, minutes), small (one GPU, hours), base (one machine of GPUs) or paper. "
-        "By default the one that suits this machine; for the prior that of its dVAE.",
+        "By default what the run began with, or the one that suits this machine; for the prior that of its "
+        "dVAE.",
         show_default=False,
     ),
 ]

@@ -9,7 +9,7 @@ from dalle.console import duration, say
 from dalle.errors import ConfigError
 from dalle.pipeline import codec_of
 from dalle.report import judge_and_report
-from dalle.runs import Options, begun
+from dalle.runs import Options
 from dalle.states import newest_step
 from dalle.training import REFIT
 from stage1_dvae.train import train as train_dvae
@@ -52,8 +52,10 @@ def demo(run: Path, minutes: float) -> bool:
 
 def _same_demo(path: Path, minutes: float) -> None:
     if not path.exists():
-        if any(begun(path.parent / stage) for stage in ("dvae", "prior")):
-            raise ConfigError(f"{path.parent} holds a model that was not begun as a demo: use another --run")
+        if any((path.parent / stage / "config.json").exists() for stage in ("dvae", "prior")):
+            raise ConfigError(
+                f"{path.parent} holds a training that was not begun as a demo: use another --run"
+            )
         write_json(path, {"minutes": minutes})
     elif (before := read_json(path).get("minutes")) != minutes:
         raise ConfigError(

@@ -72,7 +72,7 @@ class Muon:
         self.shapes, self.ratio, self.dtype = dict(sorted(shapes.items())), ratio, dtype
         self.partitioned, self.shards = partitioned, shards
         self.alike = list(self._alike())
-        self.momenta: dict[str, Tensor] = {}  # this process' runs, flat
+        self.momenta: dict[str, Tensor] = {}  # this process' shares, flat
 
     @torch.no_grad()
     def turn(self, pieces: Sequence[Piece]) -> None:
@@ -113,5 +113,5 @@ class Muon:
         return whole.view(self.shapes[name])
 
     def load(self, name: str, offset: int, size: int, saved: Tensor) -> None:
-        """Take back this process' run of a saved mean gradient."""
+        """Take back this process' share of a saved mean gradient."""
         self.momenta[name] = saved.flatten()[offset : offset + size].clone()

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dalle.config import describe, from_json, keys, override, preset, to_json
 from dalle.console import say
 from dalle.data.open import located, open_splits
 from dalle.data.source import Source
-from dalle.errors import ConfigError, DataError
+from dalle.errors import CheckpointError, ConfigError, DataError
 from dalle.precision import best_device
 from dalle.states import newest_step, state_folders
 from dalle.training import CHANGEABLE, Training
@@ -98,6 +99,7 @@ def resolve_run(
     *,
     default_preset: str,
     default_data: str = "scenes",
+    dvae: str | None = None,
 ) -> StageRun:
     """Resolve what to train in `options.run`/`stage`.
 
@@ -126,16 +128,16 @@ def resolve_run(
         )
     if begun(folder):
         return _continued(folder, replace(options, data=asked), settings, presets)
-    unsaved = _saved(folder, presets) if _describes_a_training(folder) else None
+    unsaved = _unsaved(folder, presets, dvae)
     name = options.preset or (unsaved.preset if unsaved else default_preset)
-    data = asked or (unsaved.data if unsaved else default_data)
+    data = asked or (unsaved.data if unsaved else located(default_data))
     model, training = preset(presets, name)
     if unsaved and unsaved.preset == name:
         say(f"{folder} was begun before and saved nothing: what is not given now is as it was then")
-        if minutes is None and "steps" not in keys(settings):
-            settings.append(f"steps={unsaved.training.steps}")
         planned = {h: getattr(training, h) for h in ("steps", *HORIZONS) if hasattr(training, h)}
-        model, training = unsaved.model, replace(unsaved.training, **planned)
+        model, training = unsaved.model, unsaved.training
+        if minutes is not None or "steps" in keys(settings):
+            training = replace(training, **planned)
     sections = override({"model": model, "training": training}, settings)
     chosen = keys(settings)
     chosen_training: Training = sections["training"]
@@ -163,6 +165,14 @@ def _holds_a_model(folder: Path) -> bool:
 def _describes_a_training(folder: Path) -> bool:
     path = folder / "config.json"
     return path.exists() and "training" in read_json(path)
+
+
+def _unsaved(folder: Path, presets: Mapping[str, tuple[Any, Any]], dvae: str | None) -> StageRun | None:
+    """What a run that saved nothing was begun with, if that can be read and was begun on this dVAE."""
+    with suppress(ConfigError, CheckpointError):
+        if _describes_a_training(folder) and dvae in (None, read_json(folder / "config.json").get("dvae")):
+            return _saved(folder, presets)
+    return None
 
 
 def _saved(folder: Path, presets: Mapping[str, tuple[Any, Any]]) -> StageRun:

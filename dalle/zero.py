@@ -151,7 +151,7 @@ class _Machine:
 
 
 class _Share(NamedTuple):
-    """Where this process' run of one parameter lies: `size` numbers from `start` of a flat tensor."""
+    """Where this process' share of one parameter lies: `size` numbers from `start` of a flat tensor."""
 
     flat: int
     start: int

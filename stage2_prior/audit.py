@@ -45,7 +45,7 @@ def audit(folder: Path, codec: Codec, batches: int, data: str | None = None) -> 
             f"{codec.fingerprint}: put that one back"
         )
     where = saved["data"] if data is None else data
-    if data is None and not (where == "scenes" or os.path.isabs(where)):
+    if data is None and not (where == "scenes" or os.path.isabs(os.path.expanduser(where))):
         raise ConfigError(f"{folder} was handed on without its data, {where}: name them with --data")
     model = Prior.load(folder, codec.vectors.device).requires_grad_()
     tokenizer = Tokenizer.load(folder / "tokenizer.json")

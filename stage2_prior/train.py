@@ -65,7 +65,9 @@ def resolve(options: Options, codec: Codec, *, preset: str, data: str) -> StageR
     Raises:
         ConfigError: see `dalle.runs.resolve_run`; also a dVAE other than the one this prior was begun on.
     """
-    run = resolve_run(options, "prior", PRESETS, default_preset=preset, default_data=data)
+    run = resolve_run(
+        options, "prior", PRESETS, default_preset=preset, default_data=data, dvae=codec.fingerprint
+    )
     if run.resumed:
         begun_on = read_json(run.folder / "config.json").get("dvae")
         if begun_on != codec.fingerprint:
@@ -76,7 +78,10 @@ def resolve(options: Options, codec: Codec, *, preset: str, data: str) -> StageR
         return run
     most = run.training.bpe_vocab  # text tokens: their number is known when they are learned
     model = replace(run.model, grid=codec.grid, image_vocab=codec.vocab_size, text_vocab=most)
-    return replace(run, model=model)
+    # What config.json has may have been measured for another machine by a training that saved nothing.
+    asked = "attention" in keys(options.settings)
+    training = run.training if asked else replace(run.training, attention="auto")
+    return replace(run, model=model, training=training)
 
 
 def train(options: Options, codec: Codec, *, preset: str, data: str, coarse: Coarse | None = None) -> bool:
@@ -105,7 +110,7 @@ def prepare(
     if coarse is not None and not run.resumed:
         coarse.check(run.model, codec)
         if vain := {"bpe_vocab", "bpe_spaces", "bpe_captions"} & keys(options.settings):
-            warn(f"--grow-from: the tokenizer is that prior's, whatever {', '.join(sorted(vain))} is here")
+            warn(f"--grow-from: the tokenizer is that prior's, so {', '.join(sorted(vain))} changes nothing")
     began_with = _began_with(run, coarse)
     device, here = best_device(), topology()
     precision = precision_of(run.training)
@@ -178,11 +183,18 @@ def _began_with(run: StageRun, coarse: Coarse | None) -> str | None:
     """The fingerprint of the prior that this one begins, or began, with, if any.
 
     Raises:
-        ConfigError: `coarse` is not the one that the run was begun with.
+        ConfigError: `coarse` is not the one that the run was begun with; or it is not named again for a run
+            that has saved nothing of what it began with.
     """
+    path = run.folder / "config.json"
+    began: str | None = read_json(path).get("grown_from") if path.exists() else None
     if not run.resumed:
+        if began and coarse is None:
+            raise ConfigError(
+                f"{run.folder} was begun with the prior {began} and saved nothing: give --grow-from again, "
+                "or use another --run"
+            )
         return coarse.fingerprint if coarse else None
-    began: str | None = read_json(run.folder / "config.json").get("grown_from")
     if coarse is not None and began != coarse.fingerprint:
         raise ConfigError(
             f"{run.folder} was begun {f'with the prior {began}' if began else 'without another prior'}, "

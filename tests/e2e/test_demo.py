@@ -100,10 +100,12 @@ def test_the_prior_has_the_time_that_is_left(tmp_path, monkeypatch):
     assert given == {"dvae": 0.5, "prior": pytest.approx(9.5 - 2.5)}
 
 
-def test_a_run_that_is_no_demo_is_refused(tmp_path):
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_run_that_is_no_demo_is_refused(tmp_path, saved):
     dalle.demo.write_json(tmp_path / "prior" / "config.json", {})
-    (tmp_path / "prior" / "state" / "step-00000010").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="holds a model that was not begun as a demo: use another --run"):
+    if saved:
+        (tmp_path / "prior" / "state" / "step-00000010").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds a training that was not begun as a demo: use another --run"):
         demo(tmp_path, 7.0)
     assert not (tmp_path / "demo.json").exists()
 

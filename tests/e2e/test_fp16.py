@@ -78,6 +78,9 @@ def test_an_audit_of_what_was_handed_on_without_its_data_asks_for_them(dalle, ru
     done = dalle("audit-precision", run)
     assert done.code == 2
     assert "was handed on without its data, ./birds: name them with --data" in done.err
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data": "~/birds"}))  # by hand
+    done = dalle("audit-precision", run)
+    assert "birds: does not exist" in done.err
 
 
 def test_an_audit_with_another_dvae_is_refused(dalle, run, tmp_path):

@@ -33,7 +33,7 @@ def fine(dalle, coarse, tmp_path_factory) -> Path:
         done = dalle(*command)
         assert done.code == 0, done.err
     assert "prior: beginning with one over 4×4 codes, for 8×8" in done.err
-    assert "the tokenizer is that prior's, whatever bpe_captions, bpe_vocab is here" in done.err
+    assert "the tokenizer is that prior's, so bpe_captions, bpe_vocab changes nothing" in done.err
     return run
 
 
@@ -63,6 +63,15 @@ def test_a_run_that_was_begun_otherwise_is_refused(dalle, coarse, fine):
     assert "was begun without another prior" in said
     said = complaint(dalle(*prior(fine, "--grow-from", fine, steps=40)))
     assert f"was begun with the prior {config(fine)['grown_from']}" in said
+
+
+def test_a_grown_run_that_saved_nothing_does_not_begin_without_the_other_prior(dalle, coarse, fine, tmp_path):
+    run = Path(shutil.copytree(fine, tmp_path / "run"))
+    shutil.rmtree(run / "prior" / "state")
+    (run / "prior" / "weights.safetensors").unlink()
+    assert "saved nothing: give --grow-from again" in complaint(dalle(*prior(run, steps=2)))
+    assert dalle(*prior(run, "--grow-from", coarse, steps=2)).code == 0
+    assert config(run)["grown_from"] == config(fine)["grown_from"]
 
 
 def test_what_does_not_fit_is_told_before_anything_is_written(dalle, coarse, fine, tmp_path):

@@ -286,13 +286,30 @@ def test_a_run_that_saved_nothing_starts_anew(started):
 
 
 def test_a_run_that_saved_nothing_keeps_what_is_not_given_anew(tmp_path, capsys):
-    begun = resolve(tmp_path, "hidden=8", "lr=0.5", preset="large", data="/pictures", steps=500)
+    begun = resolve(tmp_path, "hidden=8", "warmup=7", preset="large", data="/pictures", steps=500)
     begun.write()
-    assert resolve(tmp_path) == begun
+    again = resolve(tmp_path)
+    assert dataclasses.replace(again, spans=()) == dataclasses.replace(begun, spans=())
     assert "was begun before and saved nothing" in capsys.readouterr().err
     assert resolve(tmp_path, "lr=0.1").training == dataclasses.replace(begun.training, lr=0.1)
+    assert resolve(tmp_path, steps=100).training.lr_steps == 90
     other = resolve(tmp_path, preset="tiny")
     assert (other.data, other.model, other.training) == ("/pictures", MODEL, TRAINING)
+
+
+@pytest.mark.parametrize("damage", ['{"training": {}, "preset"', '{"training": {"lrr": 1}, "model": {}}'])
+def test_what_a_run_that_saved_nothing_left_behind_blocks_nothing(started, damage):
+    (started / "dvae" / "config.json").write_text(damage)
+    assert resolve(started).training == TRAINING
+
+
+def test_a_prior_that_saved_nothing_was_begun_on_the_dvae_of_then(started):
+    known, other = (
+        resolve_run(Options(started), "dvae", PRESETS, default_preset="large", default_data="new", dvae=dvae)
+        for dvae in ("0123", "4567")
+    )
+    assert (known.preset, known.data) == ("tiny", "/pictures")
+    assert (other.preset, other.data) == ("large", str(Path("new").absolute()))
 
 
 @pytest.mark.parametrize("kept", ["state/step-00000100/state.json", "weights.safetensors"])
