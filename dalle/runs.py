@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,18 +108,21 @@ def resolve_run(
     change its course may be set anew. One that ended before it saved anything starts anew, with the data and
     the settings that it was begun with unless others are given.
 
+    Args:
+        dvae: the fingerprint of the one that a prior is to be trained on.
+
     Raises:
         ConfigError: unknown names, values that cannot be, or a run found there that was started otherwise.
     """
     folder = options.run / stage
-    asked = None if options.data is None else located(options.data)
-    settings = list(options.settings)
+    if options.data is not None:
+        options = replace(options, data=located(options.data))
     if options.steps is not None:
-        settings.append(f"steps={options.steps}")
+        options = replace(options, settings=(*options.settings, f"steps={options.steps}"))
     if (minutes := options.minutes) is not None:
         if not (math.isfinite(minutes) and minutes > 0):
             raise ConfigError(f"--minutes {minutes:g} is no time to train for; give more than 0")
-        if "steps" in keys(settings):
+        if "steps" in keys(options.settings):
             raise ConfigError("--minutes and --steps both say when to end: give one of them")
     if _holds_a_model(folder) and not (folder / "config.json").exists():
         raise ConfigError(
@@ -127,26 +130,38 @@ def resolve_run(
             "another --run"
         )
     if begun(folder):
-        return _continued(folder, replace(options, data=asked), settings, presets)
+        return _continued(folder, options, presets)
     unsaved = _unsaved(folder, presets, dvae)
     name = options.preset or (unsaved.preset if unsaved else default_preset)
-    data = asked or (unsaved.data if unsaved else located(default_data))
+    data = options.data or (unsaved.data if unsaved else located(default_data))
+    return _new(folder, name, data, options, presets, unsaved if unsaved and unsaved.preset == name else None)
+
+
+def _new(
+    folder: Path,
+    name: str,
+    data: str,
+    options: Options,
+    presets: Mapping[str, tuple[Any, Any]],
+    unsaved: StageRun | None,
+) -> StageRun:
+    """A run that begins, from a preset, or as one began there that saved nothing."""
     model, training = preset(presets, name)
-    if unsaved and unsaved.preset == name:
+    chosen = keys(options.settings)
+    if unsaved:
         say(f"{folder} was begun before and saved nothing: what is not given now is as it was then")
         planned = {h: getattr(training, h) for h in ("steps", *HORIZONS) if hasattr(training, h)}
         model, training = unsaved.model, unsaved.training
-        if minutes is not None or "steps" in keys(settings):
+        if options.minutes is not None or "steps" in chosen:
             training = replace(training, **planned)
-    sections = override({"model": model, "training": training}, settings)
-    chosen = keys(settings)
+    sections = override({"model": model, "training": training}, options.settings)
     chosen_training: Training = sections["training"]
     spans = tuple(h for h in HORIZONS if hasattr(training, h) and h not in chosen)
     of_preset = replace(chosen_training, steps=training.steps)
     return StageRun(
         folder, name, data, sections["model"],
         lasting(of_preset, chosen_training.steps, spans),
-        resumed=False, spans=spans, minutes=minutes,
+        resumed=False, spans=spans, minutes=options.minutes,
     )  # fmt: skip
 
 
@@ -188,9 +203,7 @@ def _saved(folder: Path, presets: Mapping[str, tuple[Any, Any]]) -> StageRun:
     return StageRun(folder, name, data, model, training, resumed=True)
 
 
-def _continued(
-    folder: Path, options: Options, settings: Sequence[str], presets: Mapping[str, tuple[Any, Any]]
-) -> StageRun:
+def _continued(folder: Path, options: Options, presets: Mapping[str, tuple[Any, Any]]) -> StageRun:
     if not _describes_a_training(folder):
         raise ConfigError(
             f"{folder} holds an imported model without a training run; use another --run to train"
@@ -200,7 +213,7 @@ def _continued(
             f"{folder} holds a trained model, but no training state to go on from: use another --run to train"
         )
     saved = _saved(folder, presets)
-    sections = override({"model": saved.model, "training": saved.training}, settings)
+    sections = override({"model": saved.model, "training": saved.training}, options.settings)
     for section, old in (("model", saved.model), ("training", saved.training)):
         for field in dataclasses.fields(old):
             was, now = getattr(old, field.name), getattr(sections[section], field.name)
