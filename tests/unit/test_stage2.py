@@ -341,13 +341,15 @@ def test_before_they_are_learned_there_may_be_as_many_tokens_as_are_asked_for(co
     assert run.model.text_vocab == 300
 
 
-def test_a_training_that_saved_nothing_leaves_no_measured_attention_behind(coloured):
+def test_a_training_that_saved_nothing_leaves_nothing_measured_behind_nor_of_another_dvae(coloured):
     begun(coloured).write_config()
     how = {"preset": "paper", "data": "scenes"}
     again = resolve(Options(coloured / "run"), codec_of(coloured / "run"), **how)
     assert (again.preset, again.training.attention) == ("tiny", "auto")
     asked = Options(coloured / "run", settings=("attention=dense",))
     assert resolve(asked, codec_of(coloured / "run"), **how).training.attention == "dense"
+    another = dataclasses.replace(codec_of(coloured / "run"), fingerprint="another")
+    assert resolve(Options(coloured / "run"), another, **how).preset == "paper"
 
 
 def test_a_run_is_not_continued_with_another_tokenizer(coloured):
