@@ -256,22 +256,25 @@ def test_activations_are_recomputed_where_that_is_asked_for(tmp_path, asked):
     assert {block.recompute for block in blocks} == {asked == "true"}
 
 
+def pictures(folder, n: int, small: int) -> str:
+    """The path of so many, one of which is too small to be used."""
+    folder.mkdir()
+    for i in range(n):
+        (folder / f"{i}.png").write_bytes(tiny.png(i, (20, 15 if i == small else 16)))
+        (folder / f"{i}.txt").write_text("noise")
+    return str(folder)
+
+
 def test_held_out_pictures_that_cannot_be_used_are_told_too(tmp_path):
-    (tmp_path / "data").mkdir()
-    for i in range(13):
-        (tmp_path / "data" / f"{i}.png").write_bytes(tiny.png(i, (20, 15 if i == 12 else 16)))
-        (tmp_path / "data" / f"{i}.txt").write_text("noise")
-    session = begun(tmp_path, "heldout=0.5", "eval_pictures=99", data=str(tmp_path / "data"))
+    data = pictures(tmp_path / "data", 13, small=12)
+    session = begun(tmp_path, "heldout=0.5", "eval_pictures=99", data=data)
     assert list(session.loader.skipped) == ["12.png"]
 
 
 def test_pictures_that_could_not_be_clustered_are_told_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("stage1_dvae.train.start_from_patches", lambda *_: None)
-    (tmp_path / "data").mkdir()
-    for i in range(9):
-        (tmp_path / "data" / f"{i}.png").write_bytes(tiny.png(i, (20, 15 if i == 4 else 16)))
-        (tmp_path / "data" / f"{i}.txt").write_text("noise")
-    session = begun(tmp_path, "start=patches", "heldout=0", data=str(tmp_path / "data"))
+    data = pictures(tmp_path / "data", 9, small=4)
+    session = begun(tmp_path, "start=patches", "heldout=0", data=data)
     assert list(session.loader.skipped) == ["4.png"]
     assert "pictures to cluster 7/7" in capsys.readouterr().err
 
