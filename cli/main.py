@@ -188,14 +188,12 @@ def _show_without_dvae(options: Any) -> None:
     from dalle.console import say
     from dalle.runs import machine_preset, resolve_run
     from stage1_dvae.config import PRESETS as DVAE_PRESETS
-    from stage2_prior.config import PRESETS
+    from stage2_prior.config import PRESETS, over_codes
 
     shown = resolve_run(options, "prior", PRESETS, default_preset=machine_preset())
     if not shown.resumed:
         dvae, _ = DVAE_PRESETS[shown.preset]
-        model = replace(
-            shown.model, grid=dvae.grid, image_vocab=dvae.vocab_size, text_vocab=shown.training.bpe_vocab
-        )
+        model = over_codes(shown.model, shown.training, dvae.grid, dvae.vocab_size)
         shown = replace(shown, model=model)
         say(f"{options.run} holds no trained dvae: grid and image_vocab are those of the preset's")
     shown.show()

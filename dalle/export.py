@@ -12,7 +12,8 @@ from dalle.builtin import find_run
 from dalle.checkpoint import read_json, replacing, save_weights, unwritable, write_json
 from dalle.config import to_json
 from dalle.errors import CheckpointError
-from dalle.info import facts_of_run
+from dalle.info import saved_steps
+from dalle.metrics import read_metrics
 from dalle.pipeline import TextToImage
 from stage1_dvae.model import DVAE
 from stage2_prior.model import Prior
@@ -43,17 +44,19 @@ def export(run: Path, out: Path) -> int:
 
 
 def _write_all(run: Path, prior: Prior, dvae: DVAE, out: Path) -> None:
-    facts = facts_of_run(run)
-    dvae_config, prior_config = (
-        {**read_json(run / stage / "config.json"), "steps": facts[stage]["steps"]}
-        for stage in ("dvae", "prior")
-    )
+    dvae_config, prior_config = (_described(run / stage) for stage in ("dvae", "prior"))
     prior = prior.folded()  # 16 bits of sums, not sums of 16 bits
     prior_config["dvae"] = _write(out / "dvae", dvae_config, dvae.state_dict())
     prior_config["model"] = to_json(prior.config)
     _write(out / "prior", prior_config, prior.state_dict())
     with replacing(out / "prior" / "tokenizer.json") as partial:
         partial.write_bytes((run / "prior" / "tokenizer.json").read_bytes())
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """A stage's config.json, with the steps that its states and metrics, which stay behind, tell."""
+    config = read_json(folder / "config.json")
+    return {**config, "steps": saved_steps(folder, config, read_metrics(folder))}
 
 
 def _write(folder: Path, config: dict[str, Any], weights: Mapping[str, Tensor]) -> str:

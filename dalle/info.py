@@ -1,6 +1,7 @@
 """What a run folder holds, in words and for machines."""
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +43,17 @@ def _facts(folder: Path) -> dict[str, Any]:
     if not isinstance(config.get("model"), dict):
         raise CheckpointError(f"{folder / 'config.json'} is damaged or of another program: it names no model")
     weights = folder / "weights.safetensors"
-    training = config.get("training")
-    of = training.get("steps") if isinstance(training, dict) else None
+    lines = read_metrics(folder)
     latest: dict[str, Any] = {}
-    for line in read_metrics(folder):
+    for line in lines:
         latest |= line
     states = state_folders(folder / "state")
-    # An exported one has no metrics, but says how many steps it has.
-    logged = latest.get("step", config.get("steps", of)) if weights.is_file() else 0
     facts = {
         "preset": config.get("preset"),
         "data": config.get("data"),
         "model": config["model"],
-        "steps": newest_step(folder / "state") if states else logged,  # those that are saved
-        "of": of,
+        "steps": saved_steps(folder, config, lines),
+        "of": _planned_steps(config),
         "states": [path.name for path in states],
         "metrics": {name: latest[name] for name in SHOWN if name in latest},
     }
@@ -67,6 +65,24 @@ def _facts(folder: Path) -> dict[str, Any]:
     if "dvae" in config:
         facts["trained_on_dvae"] = config["dvae"]
     return facts
+
+
+def saved_steps(folder: Path, config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> int | None:
+    """The updates of a stage that are saved, by its states, metrics or config.json; None if none tells.
+
+    An exported one has no metrics, but says how many it has.
+    """
+    if state_folders(folder / "state"):
+        return newest_step(folder / "state")
+    if not (folder / "weights.safetensors").is_file():
+        return 0
+    steps: int | None = lines[-1]["step"] if lines else config.get("steps", _planned_steps(config))
+    return steps
+
+
+def _planned_steps(config: Mapping[str, Any]) -> int | None:
+    training = config.get("training")
+    return training.get("steps") if isinstance(training, dict) else None
 
 
 def _parameters(weights: Path) -> int:

@@ -5,6 +5,7 @@ import textwrap
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str]) -> I
     return sheet
 
 
+@cache
 def _font(size: int) -> tuple[ImageFont.FreeTypeFont, Callable[[str], str]]:
     """A font of many alphabets, if the machine has one, or Pillow's own; and how texts are written in it."""
     with suppress(OSError):

@@ -14,7 +14,7 @@ from dalle.forecast import Cost, Memory, Traffic, cost, memory, paper_memory, tr
 from dalle.low_rank import paper_rank
 from dalle.precision import Arithmetic
 from stage1_dvae.config import PRESETS as DVAE_PRESETS
-from stage2_prior.config import PRESETS, PriorConfig, PriorTraining
+from stage2_prior.config import PRESETS, PriorConfig, PriorTraining, over_codes
 from stage2_prior.flops import flops
 from stage2_prior.footprint import Footprint, footprint, parameters
 
@@ -44,7 +44,7 @@ def cheaper(
         if needed.total <= cluster.memory:
             found.append((other, needed))
     told = [(other.options(choice), needed) for other, needed in found]
-    stage = 3 if _shares(choice, cluster) else choice.stage
+    stage = 3 if _shares(choice.weights, cluster) else choice.stage
     small = replace(choice, stage=stage, moments=_smallest_moments(choice))
     head = model.width // model.heads
     # The first of each is the model itself: the others' activations are taken in proportion to its own.
@@ -86,13 +86,13 @@ def _first(
     return words, suited(model), needed(model)
 
 
-def _shares(choice: Choice, cluster: Cluster) -> bool:
+def _shares(weights: str, cluster: Cluster) -> bool:
     """Can ZeRO share anything out? It needs several GPUs and weights in fp32 (see `wiring.make_engine`)."""
-    return cluster.gpus > 1 and choice.weights == "fp32"
+    return cluster.gpus > 1 and weights == "fp32"
 
 
 def _changes(choice: Choice, cluster: Cluster) -> Iterator[Choice]:
-    shared = _shares(choice, cluster)
+    shared = _shares(choice.weights, cluster)
     stages = range(choice.stage, 4) if shared else [choice.stage]
     moments = {choice.moments, _smallest_moments(choice)}
     recompute = {choice.recompute, True}
@@ -174,18 +174,17 @@ def make_plan(
         )
     precision: Arithmetic = "bf16" if training.precision == "auto" else training.precision
     rank = training.compression_rank if rank is None else rank
+    possible = range(4) if _shares(training.weights, cluster) else range(1)
     if training.weights == "fp16" and zero and cluster.gpus > 1:
         raise ConfigError(
             f"weights=fp16 needs the whole model on each GPU: --zero 0 in place of --zero {zero}"
         )
     choice = Choice(
-        3 if zero is None else zero, training.moments, training.recompute,
+        possible[-1] if zero is None else min(zero, possible[-1]), training.moments, training.recompute,
         training.pictures_at_once(cluster.gpus), training.offload == "cpu",
         rank=rank if cluster.machines > 1 else 0, muon=training.optimizer == "muon", weights=training.weights,
         factor_bytes=2 if training.compression_format == "16bit" else 4,
     )  # fmt: skip
-    possible = range(4) if _shares(choice, cluster) else range(1)
-    choice = replace(choice, stage=min(choice.stage, possible[-1]))
     stages = {s: memory(model, replace(choice, stage=s), cluster, precision) for s in possible}
     if zero is None:
         suits = [s for s, needed in stages.items() if needed.total <= cluster.memory]
@@ -207,7 +206,7 @@ def _trained(preset: str, settings: tuple[str, ...] = ()) -> tuple[PriorConfig, 
     model, training = sections["model"], sections["training"]
     if preset in DVAE_PRESETS:
         dvae, _ = DVAE_PRESETS[preset]
-        model = replace(model, grid=dvae.grid, image_vocab=dvae.vocab_size, text_vocab=training.bpe_vocab)
+        model = over_codes(model, training, dvae.grid, dvae.vocab_size)
     return model, training
 
 

@@ -134,7 +134,7 @@ def resolve_run(
     unsaved = _unsaved(folder, presets, dvae)
     name = options.preset or (unsaved.preset if unsaved else default_preset)
     data = options.data or (unsaved.data if unsaved else located(default_data))
-    return _new(folder, name, data, options, presets, unsaved if unsaved and unsaved.preset == name else None)
+    return _new(folder, name, data, options, presets, unsaved)
 
 
 def _new(
@@ -148,7 +148,7 @@ def _new(
     """A run that begins, from a preset, or as one began there that saved nothing."""
     model, training = preset(presets, name)
     chosen = keys(options.settings)
-    if unsaved:
+    if unsaved and unsaved.preset == name:
         say(f"{folder} was begun before and saved nothing: what is not given now is as it was then")
         planned = {h: getattr(training, h) for h in ("steps", *HORIZONS) if hasattr(training, h)}
         model, training = unsaved.model, unsaved.training
@@ -177,23 +177,18 @@ def _holds_a_model(folder: Path) -> bool:
     )
 
 
-def _describes_a_training(folder: Path) -> bool:
-    path = folder / "config.json"
-    return path.exists() and "training" in read_json(path)
-
-
 def _unsaved(folder: Path, presets: Mapping[str, tuple[Any, Any]], dvae: str | None) -> StageRun | None:
     """What a run that saved nothing was begun with, if that can be read and was begun on this dVAE."""
     with suppress(ConfigError, CheckpointError):
-        if _describes_a_training(folder) and dvae in (None, read_json(folder / "config.json").get("dvae")):
-            return _saved(folder, presets)
+        saved = read_json(folder / "config.json")
+        if "training" in saved and dvae in (None, saved.get("dvae")):
+            return _as_saved(folder, saved, presets)
     return None
 
 
-def _saved(folder: Path, presets: Mapping[str, tuple[Any, Any]]) -> StageRun:
+def _as_saved(folder: Path, saved: Mapping[str, Any], presets: Mapping[str, tuple[Any, Any]]) -> StageRun:
     """What config.json says that the run was begun with."""
     path = folder / "config.json"
-    saved = read_json(path)
     model_kind, training_kind = (type(section) for section in next(iter(presets.values())))
     model = from_json(model_kind, saved.get("model"), str(path))
     training = from_json(training_kind, saved["training"], str(path))
@@ -204,7 +199,8 @@ def _saved(folder: Path, presets: Mapping[str, tuple[Any, Any]]) -> StageRun:
 
 
 def _continued(folder: Path, options: Options, presets: Mapping[str, tuple[Any, Any]]) -> StageRun:
-    if not _describes_a_training(folder):
+    described = read_json(folder / "config.json")
+    if "training" not in described:
         raise ConfigError(
             f"{folder} holds an imported model without a training run; use another --run to train"
         )
@@ -212,7 +208,7 @@ def _continued(folder: Path, options: Options, presets: Mapping[str, tuple[Any, 
         raise ConfigError(
             f"{folder} holds a trained model, but no training state to go on from: use another --run to train"
         )
-    saved = _saved(folder, presets)
+    saved = _as_saved(folder, described, presets)
     sections = override({"model": saved.model, "training": saved.training}, options.settings)
     for section, old in (("model", saved.model), ("training", saved.training)):
         for field in dataclasses.fields(old):

@@ -1,6 +1,6 @@
 """The prior's architecture, how it trains, and the presets."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dalle.config import require, setting
@@ -132,6 +132,11 @@ class PriorTraining(LargeTraining):
         require(self, "not be negative", lambda v: v >= 0, "warmup", "patience", "lr_end", "guidance")
         shares = ("text_weight", "bpe_dropout", "caption_dropout", "code_dropout")
         require(self, "lie between 0 and 1", lambda v: 0 <= v <= 1, *shares)
+
+
+def over_codes(model: PriorConfig, training: PriorTraining, grid: int, vocab_size: int) -> PriorConfig:
+    """The same prior over a dVAE's codes, with as many text tokens as may be learned."""
+    return replace(model, grid=grid, image_vocab=vocab_size, text_vocab=training.bpe_vocab)
 
 
 PRESETS: dict[str, tuple[PriorConfig, PriorTraining]] = {

@@ -37,7 +37,7 @@ from dalle.wiring import build, make_engine, make_loader, partitioned, precision
 from dalle.zero import whole
 from stage2_prior import backends
 from stage2_prior.codec import Codec
-from stage2_prior.config import PRESETS, Backend, PriorTraining
+from stage2_prior.config import PRESETS, Backend, PriorTraining, over_codes
 from stage2_prior.decode import Decoder
 from stage2_prior.flops import matrix_flops
 from stage2_prior.grow import PICTURES, Coarse, grow
@@ -76,8 +76,7 @@ def resolve(options: Options, codec: Codec, *, preset: str, data: str) -> StageR
                 "put that one back, or use another --run"
             )
         return run
-    most = run.training.bpe_vocab  # text tokens: their number is known when they are learned
-    model = replace(run.model, grid=codec.grid, image_vocab=codec.vocab_size, text_vocab=most)
+    model = over_codes(run.model, run.training, codec.grid, codec.vocab_size)
     # What config.json has may have been measured for another machine by a training that saved nothing.
     asked = "attention" in keys(options.settings)
     training = run.training if asked else replace(run.training, attention="auto")

@@ -80,7 +80,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     brightest = values.max(initial=0)
     levels = WHITE["I;16" if image.mode.startswith("I;16") else image.mode]
     white = next((level for level in levels if brightest <= level), brightest)
-    levels_of_8 = np.rint(values * (255 / white))
+    greys = np.rint(values * (255 / white))
     if isinstance(clear := image.info.get("transparency"), int):  # of a PNG: this grey is none
-        levels_of_8[values == clear] = 255
-    return Image.fromarray(levels_of_8.astype(np.uint8))
+        greys[values == clear] = 255
+    return Image.fromarray(greys.astype(np.uint8))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
+import dalle.pictures
 from dalle.errors import CheckpointError
 from dalle.pictures import GAP, contact_sheet, grid, save_png, to_images, to_pixels
 
@@ -90,6 +91,7 @@ def test_a_machine_without_a_font_of_many_alphabets_leaves_out_accents(monkeypat
         return own(font, *arguments, **more)
 
     monkeypatch.setattr(ImageFont, "truetype", only_own)
+    monkeypatch.setattr(dalle.pictures, "_font", dalle.pictures._font.__wrapped__)
     with_accents, without = (
         contact_sheet([flat("red")], [words]) for words in ("Éléphant à côté", "Elephant a cote")
     )
